@@ -1,0 +1,13 @@
+// One pool of worker threads for the whole process.
+#pragma once
+
+#include <functional>
+
+namespace fedrot::cpu {
+
+// work(unit, thread) for 0 <= unit < units on up to `threads` threads, 0 <= thread < threads;
+// returns when all are done. The calling thread takes part. Calls from several threads at once
+// are served one after the other.
+void parallel_for(int units, int threads, const std::function<void(int unit, int thread)>& work);
+
+}  // namespace fedrot::cpu

@@ -1,0 +1,13 @@
+"""Fused kernels for FedRot-LoRA: importing this package gives ``torch.ops.fedrot.*``."""
+
+from __future__ import annotations
+
+from fedrot_kernels.backends import cpu, reference
+from fedrot_kernels.ops import align, align_aggregate, polar
+
+__all__ = ["__version__", "align", "align_aggregate", "polar"]
+__version__ = "0.1.0"
+
+# Whatever device has no kernel of its own gets the reference.
+reference.register("CompositeExplicitAutograd")
+cpu.register()

@@ -1,0 +1,1 @@
+"""One module a backend; each only registers its implementations of the operators."""

@@ -1,0 +1,110 @@
+"""The native C++ kernels on the CPU (``csrc/cpu``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedrot_kernels.native import load
+from fedrot_kernels.ops import (
+    ALIGN_MODES,
+    DTYPES,
+    Problem,
+    accumulate_dtype,
+    check,
+    check_finite,
+    check_polar,
+    check_weight_values,
+    implement,
+)
+
+_cpu = load("_cpu")
+instruction_set: str = _cpu.instruction_set
+
+
+def _rows_contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in tensors]
+
+
+def _call(problem: Problem, factors: list[list[Tensor]], weights, lam, align, proper):
+    return _cpu.Call(
+        problem.shapes,
+        problem.ranks,
+        [[t.data_ptr() for t in tensors] for tensors in factors],
+        [[t.stride(0) for t in tensors] for tensors in factors],
+        weights,
+        DTYPES.index(problem.dtype),
+        DTYPES.index(problem.out_dtype),
+        lam,
+        ALIGN_MODES.index(align),
+        proper,
+    )
+
+
+def _raise_non_finite(lora_A, lora_B, ref_A, ref_B) -> None:
+    check_finite(lora_A, lora_B, ref_A, ref_B)
+    raise ValueError("the result overflows its dtype; scale the factors down or pass float64")
+
+
+def align_aggregate(
+    lora_A, lora_B, ref_A, ref_B, weights=None, *, lam=0.4, align="joint", proper=True
+) -> tuple[list[Tensor], list[Tensor]]:
+    problem = check(lora_A, lora_B, ref_A, ref_B, weights, lam, align)
+    w = check_weight_values(weights, problem.clients)
+    factors = [_rows_contiguous(t) for t in (lora_A, lora_B, ref_A, ref_B)]
+    A = [torch.empty(r, k, dtype=problem.out_dtype) for _, k, r in problem.shapes]
+    B = [torch.empty(d, r, dtype=problem.out_dtype) for d, _, r in problem.shapes]
+    finite = _cpu.align_aggregate(
+        _call(problem, factors, w, lam, align, proper),
+        [t.data_ptr() for t in A],
+        [t.stride(0) for t in A],
+        [t.data_ptr() for t in B],
+        [t.stride(0) for t in B],
+        torch.get_num_threads(),
+    )
+    if not finite:
+        _raise_non_finite(*factors)
+    return A, B
+
+
+def align(lora_A, lora_B, ref_A, ref_B, *, lam=0.4, align="joint", proper=True) -> list[Tensor]:
+    problem = check(lora_A, lora_B, ref_A, ref_B, None, lam, align)
+    w = check_weight_values(None, problem.clients)
+    factors = [_rows_contiguous(t) for t in (lora_A, lora_B, ref_A, ref_B)]
+    rotations = [
+        torch.empty(r_i, problem.shapes[i % problem.layers][2], dtype=problem.compute_dtype)
+        for i, r_i in enumerate(problem.ranks)
+    ]
+    call = _call(problem, factors, w, lam, align, proper)
+    if not _cpu.align(call, [R.data_ptr() for R in rotations], torch.get_num_threads()):
+        _raise_non_finite(*factors)
+    return rotations
+
+
+def polar(M: Tensor, *, proper: bool = False) -> Tensor:
+    check_polar(M)
+    dtype = accumulate_dtype(M.dtype)
+    m, n = M.shape[-2:]
+    matrices = M.to(dtype).contiguous()
+    out = torch.empty(M.shape, dtype=dtype)
+    bad = _cpu.polar(
+        matrices.data_ptr(),
+        out.data_ptr(),
+        matrices.numel() // (m * n),
+        m,
+        n,
+        dtype == torch.float64,
+        proper,
+        torch.get_num_threads(),
+    )
+    if bad >= 0:
+        raise ValueError(f"M holds a non-finite value in matrix {bad}")
+    return out
+
+
+def register() -> None:
+    """Make this the implementation of every operator on CPU tensors."""
+    for function in (align_aggregate, align, polar):
+        implement(function.__name__, "CPU", function)

@@ -1,0 +1,142 @@
+"""The ground truth: float64 on the CPU, a full SVD per client and layer, written for reading.
+
+Every other backend is compared with this one, and it runs on devices that have no kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedrot_kernels.ops import (
+    accumulate_dtype,
+    check,
+    check_finite,
+    check_polar,
+    check_weight_values,
+    implement,
+)
+
+
+def covariance(A: Tensor, B: Tensor, ref_A: Tensor, ref_B: Tensor, align: str) -> Tensor:
+    """``M`` ``(r_i, r)`` of one client and layer."""
+    M_A = A @ ref_A.T
+    M_B = B.T @ ref_B
+    return {"A": M_A, "B": M_B, "joint": M_A + M_B}[align]
+
+
+def procrustes(M: Tensor, proper: bool, eps: float) -> Tensor:
+    """``lim e->0+ polar(M + e I)`` of ``M`` ``(m, n)``, ``m <= n``, zero-padded to ``(n, n)``.
+
+    Returns the first ``m`` rows; with ``proper`` the padded square matrix has ``det = +1``.
+    Singular values below ``n * eps`` times the largest count as zero.
+    """
+    m, n = M.shape
+    square = torch.zeros(n, n, dtype=M.dtype)
+    square[:m] = M
+    scale = float(torch.linalg.matrix_norm(square, 2))
+    return _polar(square, scale, 1 if proper else 0, eps)[:m]
+
+
+def _polar(M: Tensor, scale: float, det: int, eps: float) -> Tensor:
+    """Polar factor of square ``M`` with determinant ``det`` (0: either)."""
+    n = M.shape[0]
+    U, S, Vh = torch.linalg.svd(M)
+    rank = int((n * eps * scale < S).sum())
+    if rank == 0:
+        middle = torch.eye(n, dtype=M.dtype)
+        if det == -1:
+            middle[-1, -1] = -1.0
+        return middle
+    middle = torch.eye(n, dtype=M.dtype)
+    det *= round(float(torch.linalg.det(U) * torch.linalg.det(Vh)))
+    if rank == n:
+        if det == -1:
+            middle[-1, -1] = -1.0  # the direction of the smallest singular value costs least
+    else:
+        # M says nothing about the null spaces: rotate one into the other as little as possible.
+        middle[rank:, rank:] = _polar(U[:, rank:].T @ Vh[rank:].T, 1.0, det, eps)
+    return U @ middle @ Vh
+
+
+def soften(R: Tensor, lam: float, eps: float) -> Tensor:
+    """``polar((1 - lam) I + lam R)`` of square ``R``; an eigenvalue -1 at ``lam = 1/2`` -> +1."""
+    if lam == 1.0:
+        return R
+    n = R.shape[0]
+    return _polar((1.0 - lam) * torch.eye(n, dtype=R.dtype) + lam * R, 1.0, 0, 32 * eps)
+
+
+def rotation(M: Tensor, lam: float, proper: bool, eps: float) -> Tensor:
+    """The soft rotation ``R`` ``(r_i, r)`` of one client and layer from its ``M``."""
+    r_i, r = M.shape
+    square = torch.zeros(r, r, dtype=M.dtype)
+    square[:r_i] = M
+    return soften(procrustes(square, proper, eps), lam, eps)[:r_i]
+
+
+def _float64(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach().to("cpu", torch.float64) for t in tensors]
+
+
+def _rotations(lora_A, lora_B, ref_A, ref_B, lam, align, proper, eps) -> list[Tensor]:
+    layers = len(ref_A)
+    rotations = []
+    for index, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        layer = index % layers
+        M = covariance(A, B, ref_A[layer], ref_B[layer], align)
+        rotations.append(rotation(M, lam, proper, eps))
+    return rotations
+
+
+def align(lora_A, lora_B, ref_A, ref_B, *, lam=0.4, align="joint", proper=True) -> list[Tensor]:
+    problem = check(lora_A, lora_B, ref_A, ref_B, None, lam, align)
+    check_finite(lora_A, lora_B, ref_A, ref_B)
+    eps = torch.finfo(problem.compute_dtype).eps
+    factors = [_float64(t) for t in (lora_A, lora_B, ref_A, ref_B)]
+    rotations = _rotations(*factors, lam, align, proper, eps)
+    return [R.to(problem.device, problem.compute_dtype, copy=True) for R in rotations]
+
+
+def align_aggregate(
+    lora_A, lora_B, ref_A, ref_B, weights=None, *, lam=0.4, align="joint", proper=True
+) -> tuple[list[Tensor], list[Tensor]]:
+    problem = check(lora_A, lora_B, ref_A, ref_B, weights, lam, align)
+    w = check_weight_values(weights, problem.clients)
+    check_finite(lora_A, lora_B, ref_A, ref_B)
+    eps = torch.finfo(problem.compute_dtype).eps
+    client_A, client_B, *reference = (_float64(t) for t in (lora_A, lora_B, ref_A, ref_B))
+    rotations = _rotations(client_A, client_B, *reference, lam, align, proper, eps)
+
+    out_A = [torch.zeros(r, k, dtype=torch.float64) for _, k, r in problem.shapes]
+    out_B = [torch.zeros(d, r, dtype=torch.float64) for d, _, r in problem.shapes]
+    for index, R in enumerate(rotations):
+        client, layer = divmod(index, problem.layers)
+        out_A[layer] += w[client] * (R.T @ client_A[index])
+        out_B[layer] += w[client] * (client_B[index] @ R)
+    return (
+        [A.to(problem.device, problem.out_dtype) for A in out_A],
+        [B.to(problem.device, problem.out_dtype) for B in out_B],
+    )
+
+
+def polar(M: Tensor, *, proper: bool = False) -> Tensor:
+    check_polar(M)
+    dtype = accumulate_dtype(M.dtype)
+    m, n = M.shape[-2:]
+    matrices = M.detach().to("cpu", torch.float64).reshape(-1, m, n)
+    finite = torch.isfinite(matrices).all(dim=(1, 2))
+    if not bool(finite.all()):
+        raise ValueError(f"M holds a non-finite value in matrix {int(finite.int().argmin())}")
+    eps = torch.finfo(dtype).eps
+    factors = [procrustes(matrix, proper, eps) for matrix in matrices]
+    stacked = torch.stack(factors) if factors else matrices
+    return stacked.reshape(M.shape).to(M.device, dtype, copy=True)
+
+
+def register(dispatch_key: str) -> None:
+    """Make this the implementation of every operator for one dispatch key."""
+    for function in (align_aggregate, align, polar):
+        implement(function.__name__, dispatch_key, function)

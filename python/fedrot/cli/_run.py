@@ -1,0 +1,23 @@
+"""How every command ends when the user's input is wrong."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+
+def user_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn an error in the user's input into one line on stderr and exit code 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, TypeError, OSError) as error:
+            typer.echo(f"fedrot: {error}", err=True)
+            raise typer.Exit(1) from error
+
+    return run

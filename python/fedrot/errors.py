@@ -1,0 +1,5 @@
+"""The error that the federated layer raises for what a user can put right."""
+
+
+class FedrotError(ValueError):
+    """Bad input; the message names the argument, the client or file, and the value found."""

@@ -1,0 +1,43 @@
+"""The LoRA factors of one adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """LoRA factors by module name: ``A[name]`` ``(r, k)`` and ``B[name]`` ``(d, r)``.
+
+    Both dictionaries have the same keys in the same order. All factors that meet in one call
+    must be on one scaling (``lora_alpha / r`` or ``lora_alpha / sqrt(r)``).
+    """
+
+    A: dict[str, Tensor]
+    B: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        if list(self.A) != list(self.B):
+            raise ValueError(f"A and B must name the same layers: {list(self.A)}, {list(self.B)}")
+
+
+def client_major(clients: Sequence[Factors]) -> tuple[list[Tensor], list[Tensor]]:
+    """The ``N * L`` tensors ``lora_A`` and ``lora_B`` that ``torch.ops.fedrot`` takes.
+
+    Raises:
+        ValueError: a client's layers differ from the first client's.
+    """
+    if not clients:
+        raise ValueError("uploads must hold at least one client")
+    layers = list(clients[0].A)
+    for i, client in enumerate(clients):
+        if list(client.A) != layers:
+            raise ValueError(f"client {i} has layers {list(client.A)}, client 0 has {layers}")
+    return (
+        list(chain.from_iterable(c.A.values() for c in clients)),
+        list(chain.from_iterable(c.B.values() for c in clients)),
+    )
