@@ -11,9 +11,9 @@
 namespace fedrot {
 inline namespace FEDROT_ISA {
 
-// Long enough to amortise the loops, short enough that a panel stays in the first-level cache for
-// small ranks. A multiple of every vector length.
-inline int tile_length(int r) { return r <= 8 ? 512 : r <= 32 ? 256 : 128; }
+// Long enough to amortise the horizontal sums at the end of each dot product, short enough that two
+// panels stay in the second-level cache. A multiple of every vector length.
+inline int tile_length(int r) { return r <= 128 ? 512 : 256; }
 
 // X panel, reference panel and r^2 accumulators, or the workspace of the r x r mathematics with
 // the pivots behind it.

@@ -123,7 +123,11 @@ inline void load_panel(Side side, DType dtype, const Matrix& m, int rank, std::i
       }
     } else {
       const T* rows = data + begin * stride;
-      for (int p = 0; p < rank; ++p)
+      int p = 0;
+      for (; p + 4 <= rank; p += 4)  // four at a time: contiguous reads, four write streams
+        for (int t = 0; t < count; ++t)
+          for (int q = p; q < p + 4; ++q) panel[q * ld + t] = Acc(widen(rows[t * stride + q]));
+      for (; p < rank; ++p)
         for (int t = 0; t < count; ++t) panel[p * ld + t] = Acc(widen(rows[t * stride + p]));
     }
   });

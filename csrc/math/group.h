@@ -16,6 +16,15 @@
 #define FEDROT_HD inline
 #endif
 
+// Iterations of the loop that follows touch different elements: it may be vectorised.
+#if defined(__clang__)
+#define FEDROT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__CUDA_ARCH__)
+#define FEDROT_INDEPENDENT
+#else
+#define FEDROT_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace fedrot {
 inline namespace FEDROT_ISA {
 
@@ -23,13 +32,16 @@ struct Serial {
   // f(i) for 0 <= i < n, in any order.
   template <class F>
   FEDROT_HD void each(int n, F f) const {
+    FEDROT_INDEPENDENT
     for (int i = 0; i < n; ++i) f(i);
   }
   // f(i, j) for 0 <= i < rows, 0 <= j < cols, in any order.
   template <class F>
   FEDROT_HD void each(int rows, int cols, F f) const {
-    for (int i = 0; i < rows; ++i)
+    for (int i = 0; i < rows; ++i) {
+      FEDROT_INDEPENDENT
       for (int j = 0; j < cols; ++j) f(i, j);
+    }
   }
   // Sum of f(i); every member of the group gets it.
   template <class T, class F>

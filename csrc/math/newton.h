@@ -10,37 +10,32 @@ namespace fedrot {
 inline namespace FEDROT_ISA {
 
 // X <- X^-1 in place. Returns the sign of det X, or 0 where a pivot is zero (X is then spoilt).
-// pivots: n integers.
+// column: n elements, pivots: n integers.
 template <class T, class G>
-FEDROT_HD int invert(const G& g, int n, T* X, int* pivots) {
+FEDROT_HD int invert(const G& g, int n, T* X, T* column, int* pivots) {
   int sign = 1;
   for (int c = 0; c < n; ++c) {
     const int p = g.argmax(c, n, [=](int i) { return magnitude(X[i * n + c]); });
     const T pivot = X[p * n + c];
     g.sync();
     if (!(magnitude(pivot) > 0)) return 0;
-    if (p != c) {
-      sign = -sign;
-      g.each(n, [=](int j) {
-        const T t = X[c * n + j];
-        X[c * n + j] = X[p * n + j];
-        X[p * n + j] = t;
-      });
-    }
-    if (pivot < 0) sign = -sign;
-    pivots[c] = p;
-    g.sync();
+    if ((p != c) != (pivot < 0)) sign = -sign;
+    // Row c <- pivot row / pivot, with 1 / pivot in its own place; row p <- the old row c.
     const T scale = 1 / pivot;
-    g.each(n, [=](int j) { X[c * n + j] = j == c ? scale : X[c * n + j] * scale; });
-    g.sync();
-    // Column c is read by every element of its row, so it is cleared in a step of its own.
-    g.each(n, n, [=](int i, int j) {
-      if (i != c && j != c) X[i * n + j] -= X[i * n + c] * X[c * n + j];
+    g.each(n, [=](int j) {
+      const T from_p = X[p * n + j], from_c = X[c * n + j];
+      X[p * n + j] = from_c;
+      X[c * n + j] = (j == c ? T(1) : from_p) * scale;
     });
     g.sync();
+    // The rest of column c moves out of the way, so that one rank-1 update does every element.
     g.each(n, [=](int i) {
-      if (i != c) X[i * n + c] *= -scale;
+      column[i] = i == c ? T(0) : X[i * n + c];
+      if (i != c) X[i * n + c] = 0;
+      if (i == c) pivots[c] = p;
     });
+    g.sync();
+    g.each(n, n, [=](int i, int j) { X[i * n + j] -= column[i] * X[c * n + j]; });
     g.sync();
   }
   for (int c = n - 1; c >= 0; --c) {
@@ -58,8 +53,7 @@ FEDROT_HD int invert(const G& g, int n, T* X, int* pivots) {
 
 // X <- its orthogonal polar factor. Returns the sign of det X, or 0 where X is singular to working
 // precision: |X^-1| |X| (or |X^-1| times `scale` if that is not 0) above 1 / tolerance; X is then
-// spoilt. `inverse` (n * n) receives X^-1 of the matrix given, up to a positive factor; `work` is
-// n * n.
+// spoilt. `inverse` (n * n) receives X^-1 of the matrix given; work: n * n + n, pivots: n integers.
 template <class T, class G>
 FEDROT_HD int newton_polar(const G& g, int n, T* X, T scale, T tolerance, T* inverse, T* work,
                            int* pivots) {
@@ -69,7 +63,7 @@ FEDROT_HD int newton_polar(const G& g, int n, T* X, T scale, T tolerance, T* inv
   for (int step = 0; step < max_steps; ++step) {
     T* Y = step == 0 ? inverse : work;
     copy(g, count, X, Y);
-    const int det = invert(g, n, Y, pivots);
+    const int det = invert(g, n, Y, work + count, pivots);
     if (det == 0) return 0;
     const T norm_x = frobenius(g, count, X), norm_y = frobenius(g, count, Y);
     if (step == 0) {

@@ -154,9 +154,9 @@ FEDROT_HD void normalize(const G& g, int count, T* X) {
 template <class T, class G>
 FEDROT_HD void polar(const G& g, int n, T* X, int det, T scale, T tolerance, T* work, int* pivots) {
   const int count = n * n;
-  T *M = work, *inverse = M + count, *P = inverse + count, *Q = P + count, *U = Q + count,
-    *V = U + count, *left = V + count, *right = left + count, *total = right + count,
-    *v = total + count;
+  T *M = work, *inverse = M + count, *Q = inverse + count, *U = Q + count, *V = U + count,
+    *left = V + count, *right = left + count, *total = right + count, *P = total + count,
+    *v = P + count;  // v is also what newton_polar has behind P
   if (!(scale > 0)) normalize(g, count, X);
   copy(g, count, X, M);
   const int sign = newton_polar(g, n, X, scale, tolerance, inverse, P, pivots);

@@ -36,14 +36,18 @@ def procrustes(M: Tensor, proper: bool, eps: float) -> Tensor:
     m, n = M.shape
     square = torch.zeros(n, n, dtype=M.dtype)
     square[:m] = M
-    scale = float(torch.linalg.matrix_norm(square, 2))
-    return _polar(square, scale, 1 if proper else 0, eps)[:m]
+    return _polar(square, None, 1 if proper else 0, eps)[:m]
 
 
-def _polar(M: Tensor, scale: float, det: int, eps: float) -> Tensor:
-    """Polar factor of square ``M`` with determinant ``det`` (0: either)."""
+def _polar(M: Tensor, scale: float | None, det: int, eps: float) -> Tensor:
+    """Polar factor of square ``M`` with determinant ``det`` (0: either).
+
+    ``scale`` is what a singular value must be compared with to count as zero; ``None``: the
+    largest one.
+    """
     n = M.shape[0]
     U, S, Vh = torch.linalg.svd(M)
+    scale = float(S[0]) if scale is None else scale
     rank = int((n * eps * scale < S).sum())
     if rank == 0:
         middle = torch.eye(n, dtype=M.dtype)
