@@ -1,0 +1,171 @@
+"""What an `adapter_config.json` says: can it be averaged, its ranks and its scalings.
+
+Only the configuration is read here, never a base model. Every field of PEFT's `LoraConfig` is
+either in `NEUTRAL` (its value does not change how `B A` enters the model), in `MUST_AGREE`
+(averaging is right when all adapters say the same), handled by `rank_and_scaling`, or refused.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedrot.errors import FedrotError
+
+Config = dict[str, Any]
+
+SCALING = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"})
+
+NEUTRAL = frozenset(
+    {
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+        *("revision", "inference_mode", "lora_dropout", "runtime_config", "qalora_group_size"),
+        # Which layers carry factors: compared through the keys of the state dict instead.
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("modules_to_save", "megatron_core"),
+        # Settings of an initialisation: without effect once `init_lora_weights` is accepted.
+        *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    }
+)
+
+MUST_AGREE: dict[str, Any] = {
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "lora_bias": False,
+    "use_dora": False,
+    "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+}
+
+REFUSED: dict[str, str] = {
+    "target_parameters": "LoRA on nn.Parameter (mixture of experts) shares factors between experts",
+    "kasa_config": "KaSA puts a diagonal between B and A, so they cannot be rotated",
+    "use_bdlora": "BD-LoRA keeps a factor block-diagonal, which a rotation would fill",
+    "monteclora_config": "MonteCLoRA keeps sampler parameters in the basis of the factors",
+    "arrow_config": "Arrow routes tokens between adapters instead of adding one",
+    "velora_config": "VeLoRA keeps a projection of its own beside the factors",
+    "use_qalora": "QA-LoRA is merged into a quantised base model of its own",
+    "megatron_config": "Megatron stores the shards of a parallel layer",
+    "ensure_weight_tying": "factors of tied layers would be rotated apart",
+}
+
+# Initialisations that subtract the first factors from the base weights. PEFT repeats the first
+# two on loading, exactly, so adapters with the same rank and scaling do share one base model.
+REPEATABLE_BASE_CHANGE = frozenset({"pissa", "olora"})
+BASE_CHANGE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check_config(config: Config, path: Path) -> None:
+    """Raise `FedrotError` unless this is a LoRA adapter whose `(B, A)` may be rotated."""
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA":
+        raise FedrotError(f"{path}: peft_type is {peft_type!r}; only LORA adapters can be merged")
+    for field, reason in REFUSED.items():
+        if config.get(field):
+            raise FedrotError(f"{path}: {field} is set: {reason}")
+    _check_init(config, path)
+    known = SCALING | NEUTRAL | MUST_AGREE.keys() | REFUSED.keys()
+    for field in sorted(config.keys() - known):
+        if config[field] and config[field] != _peft_default(field):
+            raise FedrotError(
+                f"{path}: the configuration sets {field}={config[field]!r}, "
+                "a LoRA option that this version of fedrot does not know"
+            )
+    _check_scaling_fields(config, path)
+
+
+def base_change(config: Config) -> str | None:
+    """The initialisation that changed the base weights of this adapter, or None."""
+    init = str(config.get("init_lora_weights", True)).lower()
+    return init if init.startswith(BASE_CHANGE) else None
+
+
+def rank_and_scaling(config: Config, module: str) -> tuple[int, float]:
+    """Rank and scaling that PEFT gives to one module: `alpha / r`, or `alpha / sqrt(r)` (rsLoRA).
+
+    `module` is the name inside the base model. `rank_pattern` and `alpha_pattern` are matched by
+    PEFT's own `get_pattern_key`.
+    """
+    rank = _matched(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha = _matched(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    return rank, alpha / _denominator(config, rank)
+
+
+def with_ranks(config: Config, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> Config:
+    """A copy of `config` that gives every module the wanted rank and scaling.
+
+    `lora_alpha` follows the rank, so it may become fractional. The commonest rank and alpha
+    become the defaults, the others anchored entries of `rank_pattern` and `alpha_pattern`.
+    """
+    # PEFT repeats an orthogonal initialisation on loading, and refuses it for an odd rank.
+    orthogonal = config.get("init_lora_weights") == "orthogonal"
+    alphas = {m: _whole(scalings[m] * _denominator(config, ranks[m])) for m in ranks}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        **config,
+        **({"init_lora_weights": True} if orthogonal else {}),
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {_anchored(m): v for m, v in ranks.items() if v != rank},
+        "alpha_pattern": {_anchored(m): v for m, v in alphas.items() if v != alpha},
+    }
+
+
+def _check_init(config: Config, path: Path) -> None:
+    init = base_change(config)
+    if init is not None and init not in REPEATABLE_BASE_CHANGE:
+        raise FedrotError(
+            f"{path}: init_lora_weights={init!r} changed the base weights in a way that loading "
+            "does not repeat, so the adapters do not share a base model; where PEFT can, convert "
+            "them with save_pretrained(..., path_initial_model_for_weight_conversion=...) first"
+        )
+
+
+def _check_scaling_fields(config: Config, path: Path) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(field) or {}, dict):
+            raise FedrotError(f"{path}: {field} must be an object, got {config[field]!r}")
+    ranks = {"r": config.get("r", 8), **(config.get("rank_pattern") or {})}
+    for name, value in ranks.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise FedrotError(f"{path}: rank {name!r} must be a positive integer, got {value!r}")
+    alphas = {"lora_alpha": config.get("lora_alpha", 8), **(config.get("alpha_pattern") or {})}
+    for name, value in alphas.items():
+        if not isinstance(value, int | float) or not (0 < value < math.inf):
+            raise FedrotError(f"{path}: alpha {name!r} must be a positive number, got {value!r}")
+
+
+def _peft_default(field: str) -> Any:
+    from peft import LoraConfig
+
+    for known in dataclasses.fields(LoraConfig):
+        if known.name == field and known.default is not dataclasses.MISSING:
+            return known.default
+    return None
+
+
+def _matched(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    if not pattern:
+        return default
+    from peft.utils.other import get_pattern_key
+
+    return pattern.get(get_pattern_key(list(pattern), module), default)
+
+
+def _denominator(config: Config, rank: int) -> float:
+    return math.sqrt(rank) if config.get("use_rslora") else rank
+
+
+def _anchored(module: str) -> str:
+    return "^" + re.escape(module)
+
+
+def _whole(value: float) -> int | float:
+    """8 instead of 8.0, and instead of the 7.999999999999999 that a square root leaves."""
+    nearest = round(value)
+    return nearest if math.isclose(value, nearest, rel_tol=1e-12) else value

@@ -1,0 +1,147 @@
+"""PEFT adapter folders: read one, write one; never a base model."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedrot.adapters.config import Config, check_config
+from fedrot.adapters.layers import StateKeys, sort_keys
+from fedrot.errors import FedrotError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"
+PROVENANCE = "fedrot_provenance.json"
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA adapter: where it lies, what its configuration says, its tensors on the CPU."""
+
+    path: Path
+    config: Config
+    tensors: dict[str, Tensor]
+    keys: StateKeys
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Read and check a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`).
+
+    Raises `FedrotError` naming the folder where a file is missing or corrupt, the adapter is not
+    a LoRA that may be rotated, a key is unknown, or a tensor holds a non-finite value.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FedrotError(f"{path}: no such folder")
+    config = _read_config(path)
+    check_config(config, path)
+    tensors = _read_weights(path)
+    keys = sort_keys(tensors, config, path)
+    _check_values(tensors, keys, path)
+    return Adapter(path, config, tensors, keys)
+
+
+def check_output(output: Path, inputs: Iterable[Path], force: bool) -> None:
+    """Raise `FedrotError` where writing `output` could destroy an input or a foreign folder."""
+    target = output.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if target == source or target in source.parents:
+            raise FedrotError(f"{output}: the output would replace the input {path}")
+    if not os.path.lexists(output):
+        return
+    if not force:
+        raise FedrotError(f"{output} exists; --force replaces it")
+    if output.is_symlink() or not (output / CONFIG).is_file():
+        raise FedrotError(f"{output} is not an adapter folder; --force replaces only those")
+
+
+def write_adapter(
+    output: Path, config: Config, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]
+) -> None:
+    """Write a PEFT folder whole or not at all.
+
+    It is written next to `output` and renamed; an old `output` goes once the new one is there.
+    """
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    fresh = output.with_name(f".{output.name}.new-{os.getpid()}")
+    old = output.with_name(f".{output.name}.old-{os.getpid()}")
+    try:
+        fresh.mkdir()
+        save_file(dict(tensors), fresh / WEIGHTS, metadata={"format": "pt"})
+        (fresh / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        # safetensors makes its file private; the adapter is as readable as any new file.
+        (fresh / WEIGHTS).chmod((fresh / CONFIG).stat().st_mode)
+        (fresh / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
+        _swap_in(fresh, output, old)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def digests(path: Path) -> dict[str, str]:
+    """SHA-256 of the two files of an adapter folder, by file name."""
+    return {
+        name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in (CONFIG, WEIGHTS)
+    }
+
+
+def _swap_in(fresh: Path, output: Path, old: Path) -> None:
+    if not output.exists():
+        fresh.rename(output)
+        return
+    output.rename(old)
+    try:
+        fresh.rename(output)
+    except BaseException:
+        old.rename(output)
+        raise
+
+
+def _read_config(path: Path) -> Config:
+    file = path / CONFIG
+    if not file.is_file():
+        raise FedrotError(f"{path}: {CONFIG} is missing, so this is not a PEFT adapter folder")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FedrotError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise FedrotError(f"{file}: must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    file = path / WEIGHTS
+    if not file.is_file():
+        if (path / PICKLED_WEIGHTS).is_file():
+            raise FedrotError(
+                f"{path}: only {PICKLED_WEIGHTS}, a pickle that could run code when read; "
+                f"load it with PEFT and save_pretrained() it again to get {WEIGHTS}"
+            )
+        raise FedrotError(f"{path}: {WEIGHTS} is missing")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise FedrotError(f"{file}: corrupt or not a safetensors file ({error})") from error
+
+
+def _check_values(tensors: Mapping[str, Tensor], keys: StateKeys, path: Path) -> None:
+    for key, tensor in tensors.items():
+        if tensor.dtype not in FLOATS and (key not in keys.plain or tensor.dtype == torch.bool):
+            raise FedrotError(f"{path}: {key!r} has dtype {tensor.dtype}, which cannot be averaged")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FedrotError(f"{path}: {key!r} has non-finite values (NaN or infinity)")

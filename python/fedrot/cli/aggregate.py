@@ -1,0 +1,147 @@
+"""`fedrot aggregate`: several LoRA adapters on disk become one."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedrot import __version__
+from fedrot.cli._run import user_errors
+
+if TYPE_CHECKING:
+    from fedrot.adapters import Misalignment, Uploads
+    from fedrot.methods import FedRot
+
+
+class Align(str, Enum):
+    """What the rotation is fitted to."""
+
+    joint = "joint"
+    A = "A"
+    B = "B"
+
+
+@user_errors
+def aggregate(
+    clients: Annotated[
+        list[Path],
+        typer.Argument(metavar="CLIENT...", help="PEFT folders.", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)
+    ],
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Adapter to align to; the first client if not given."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="3,1 or a JSON file: a list, or an object by folder name."),
+    ] = None,
+    lam: Annotated[float, typer.Option(help="0: plain average, 1: whole rotation.")] = 1.0,
+    align: Annotated[Align, typer.Option(help="Factors the rotation is fitted to.")] = Align.joint,
+    proper: Annotated[
+        bool, typer.Option("--proper/--improper", help="Rotations only, or reflections too.")
+    ] = True,
+    rank: Annotated[
+        int | None, typer.Option(help="Pad the reference to this rank first.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings only.")] = False,
+) -> None:
+    """Align LoRA adapters to a reference and average them into one PEFT folder."""
+    from fedrot import adapters
+    from fedrot.methods import FedRot
+
+    method = FedRot(lam, align.value, proper)
+    check_distinct(clients)
+    adapters.check_output(output, [*clients, *([reference] if reference else [])], force)
+    parsed = adapters.parse_weights(weights, clients)
+    read = [adapters.read_adapter(path) for path in clients]
+    ref = adapters.read_adapter(reference) if reference else read[0]
+    uploads = adapters.gather(read, ref, parsed, rank)
+    merged = adapters.merge(uploads, method)
+    measured = adapters.measure(uploads, method, merged.factors)
+    adapters.write_adapter(
+        output, merged.config, merged.tensors, _provenance(uploads, method, measured)
+    )
+
+    for note in uploads.notes:
+        typer.echo(f"note: {note}", err=True)
+    if not quiet:
+        _report(uploads, method, measured, output, reference is None)
+
+
+def check_distinct(clients: list[Path]) -> None:
+    """Raise `ValueError` where one folder is given twice."""
+    seen: set[Path] = set()
+    for path in clients:
+        if path.resolve() in seen:
+            raise ValueError(f"{path} is given twice; use --weights to count it double")
+        seen.add(path.resolve())
+
+
+def _provenance(uploads: Uploads, method: FedRot, measured: Misalignment) -> dict[str, Any]:
+    from datetime import datetime, timezone
+
+    from fedrot.adapters import digests
+
+    def source(path: Path) -> dict[str, Any]:
+        return {"path": str(path), "sha256": digests(path)}
+
+    return {
+        "fedrot_version": __version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "method": {
+            "name": method.name,
+            "lam": method.lam,
+            "align": method.align,
+            "proper": method.proper,
+        },
+        "reference": source(uploads.target.path),
+        "clients": [
+            {**source(adapter.path), "weight": weight}
+            for adapter, weight in zip(uploads.adapters, uploads.weights.tolist(), strict=True)
+        ],
+        "ranks": sorted({layer.rank for layer in uploads.target.keys.layers.values()}),
+        "measured": measured.summary(),
+        "notes": uploads.notes,
+    }
+
+
+def _report(
+    uploads: Uploads, method: FedRot, measured: Misalignment, output: Path, first: bool
+) -> None:
+    from fedrot.metrics import total
+
+    layers = uploads.target.keys.layers.values()
+    ranks = ", ".join(str(rank) for rank in sorted({layer.rank for layer in layers}))
+    summary = measured.summary()
+    of = " (the first client; choose another with --reference)" if first else ""
+    how = f"lam {method.lam:g}, align {method.align}"
+    rows = [
+        ("clients", str(len(uploads.adapters))),
+        ("reference", f"{uploads.target.path}{of}"),
+        ("layers", f"{len(layers)} of rank {ranks}"),
+        ("mean rotation", f"{summary['mean_angle']:.1f} degrees from the reference"),
+        ("error, plain average", error_text(summary["error_plain"], summary["relative_plain"])),
+        (
+            f"error, {method.name}",
+            f"{error_text(summary['error_aligned'], summary['relative_aligned'])}, {how}",
+        ),
+        ("written", str(output)),
+    ]
+    for name, value in rows:
+        typer.echo(f"{name:<22}{value}")
+    norm, plain, aligned = (total(e) for e in (measured.norm, measured.plain, measured.aligned))
+    if aligned > plain + 1e-4 * norm:  # more than rounding
+        message = "note: aligning increased the error on these adapters; --lam 0 averages plainly"
+        typer.echo(message, err=True)
+
+
+def error_text(error: float | None, relative: float | None) -> str:
+    """`0.123 (4.5 %)`: an aggregation error, and its part of the norm of the mean update."""
+    return f"{error:.4g}" + (f" ({100 * relative:.2g} %)" if relative is not None else "")

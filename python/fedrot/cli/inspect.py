@@ -1,0 +1,181 @@
+"""`fedrot inspect`: the layers of adapters, and how far apart they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedrot.cli._run import user_errors
+from fedrot.cli.aggregate import Align, check_distinct, error_text
+
+if TYPE_CHECKING:
+    from fedrot.adapters import Adapter, Misalignment, Uploads
+
+
+@user_errors
+def inspect(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="PEFT folders.", show_default=False)
+    ],
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Adapter to compare with; the first of several if not given."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="3,1 or a JSON file: a list, or an object by folder name."),
+    ] = None,
+    lam: Annotated[float, typer.Option(help="0: plain average, 1: whole rotation.")] = 1.0,
+    align: Annotated[Align, typer.Option(help="Factors the rotation is fitted to.")] = Align.joint,
+    rank: Annotated[
+        int | None, typer.Option(help="Pad the reference to this rank first.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show layers, shapes, ranks and scalings; of several adapters also the misalignment."""
+    from fedrot import adapters
+    from fedrot.methods import FedRot
+
+    method = FedRot(lam, align.value)
+    check_distinct(folders)
+    parsed = adapters.parse_weights(weights, folders)
+    read = [adapters.read_adapter(path) for path in folders]
+    ref = adapters.read_adapter(reference) if reference else read[0]
+    uploads = measured = None
+    if reference is not None or len(read) > 1:
+        uploads = adapters.gather(read, ref, parsed, rank)
+        measured = adapters.measure(uploads, method)
+    if as_json:
+        typer.echo(json.dumps(_as_json(read, uploads, measured), indent=2))
+    else:
+        _show(read, uploads, measured)
+
+
+def _layer_rows(adapter: Adapter) -> list[dict[str, Any]]:
+    rows = []
+    for layer in adapter.keys.layers.values():
+        A, B = adapter.tensors[layer.key_A], adapter.tensors[layer.key_B]
+        rows.append(
+            {
+                "layer": layer.name,
+                "A": list(A.shape),
+                "B": list(B.shape),
+                "rank": layer.rank,
+                "scaling": layer.scaling,
+                "dtype": str(A.dtype).removeprefix("torch."),
+            }
+        )
+    return rows
+
+
+def _as_json(
+    read: list[Adapter], uploads: Uploads | None, measured: Misalignment | None
+) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "adapters": [{"path": str(a.path), "layers": _layer_rows(a)} for a in read]
+    }
+    if uploads is not None and measured is not None:
+        names = list(uploads.target.keys.layers)
+        result["reference"] = str(uploads.target.path)
+        result["notes"] = uploads.notes
+        result["summary"] = measured.summary()
+        result["angles"] = {
+            str(adapter.path): dict(zip(names, row, strict=True))
+            for adapter, row in zip(uploads.adapters, measured.angles.tolist(), strict=True)
+        }
+        result["errors"] = {
+            name: {
+                "norm": measured.norm[name],
+                "plain": measured.plain[name],
+                "aligned": measured.aligned[name],
+            }
+            for name in names
+        }
+    return result
+
+
+def _show(read: list[Adapter], uploads: Uploads | None, measured: Misalignment | None) -> None:
+    """One table of layers for each different layout, then the misalignment."""
+    from rich.console import Console
+
+    console = Console()
+    layouts: list[tuple[list[dict[str, Any]], list[Adapter]]] = []
+    for adapter in read:
+        rows = _layer_rows(adapter)
+        for known, same in layouts:
+            if known == rows:
+                same.append(adapter)
+                break
+        else:
+            layouts.append((rows, [adapter]))
+    for rows, same in layouts:
+        console.print(_layout_table(rows, same))
+    if uploads is None or measured is None:
+        return
+    for note in uploads.notes:
+        typer.echo(f"note: {note}", err=True)
+    console.print(_client_table(uploads, measured))
+    console.print(_error_table(uploads, measured))
+
+
+def _layout_table(rows: list[dict[str, Any]], same: list[Adapter]) -> Any:
+    title = ", ".join(str(adapter.path) for adapter in same)
+    table = _table(title, "layer", "A", "B", "rank", "scaling", "dtype")
+    for row in rows:
+        shapes = ("x".join(str(n) for n in row[side]) for side in "AB")
+        table.add_row(
+            row["layer"], *shapes, str(row["rank"]), f"{row['scaling']:.6g}", row["dtype"]
+        )
+    return table
+
+
+def _client_table(uploads: Uploads, measured: Misalignment) -> Any:
+    table = _table(
+        f"rotation from {uploads.target.path} (degrees)", "adapter", "weight", "mean", "largest"
+    )
+    for adapter, weight, angles in zip(
+        uploads.adapters, uploads.weights.tolist(), measured.angles, strict=True
+    ):
+        table.add_row(
+            str(adapter.path), f"{weight:.3f}", f"{angles.mean():.1f}", f"{angles.max():.1f}"
+        )
+    return table
+
+
+def _error_table(uploads: Uploads, measured: Misalignment) -> Any:
+    table = _table(
+        "aggregation error (relative to the mean update)", "layer", "angle", "plain", "aligned"
+    )
+    mean_angles = measured.angles.mean(0).tolist()
+    for name, angle in zip(uploads.target.keys.layers, mean_angles, strict=True):
+        plain, aligned, norm = (d[name] for d in (measured.plain, measured.aligned, measured.norm))
+        table.add_row(
+            name,
+            f"{angle:.1f}",
+            error_text(plain, plain / norm if norm else None),
+            error_text(aligned, aligned / norm if norm else None),
+        )
+    total = measured.summary()
+    table.add_section()
+    table.add_row(
+        "all",
+        f"{total['mean_angle']:.1f}",
+        error_text(total["error_plain"], total["relative_plain"]),
+        error_text(total["error_aligned"], total["relative_aligned"]),
+    )
+    return table
+
+
+def _table(title: str, first: str, *columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table

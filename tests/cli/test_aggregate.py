@@ -1,0 +1,150 @@
+"""`fedrot aggregate` on folders: what it writes, what it says, what it refuses."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from fedrot.cli import app
+
+KEY_A = "base_model.model.q.lora_A.weight"
+KEY_B = "base_model.model.q.lora_B.weight"
+
+
+def write(path: Path, seed: int, r: int = 2, **config) -> Path:
+    gen = torch.Generator().manual_seed(seed)
+    path.mkdir()
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": 4, "target_modules": ["q"], **config}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {KEY_A: torch.randn(r, 5, generator=gen), KEY_B: torch.randn(6, r, generator=gen)}
+    save_file(tensors, path / "adapter_model.safetensors")
+    return path
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "adapter_model.safetensors")
+
+
+def fedrot(*args) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def clients(tmp_path):
+    return write(tmp_path / "a", 1), write(tmp_path / "b", 2)
+
+
+def test_writes_the_merged_adapter_and_where_it_came_from(clients, tmp_path):
+    a, b = clients
+    samples = tmp_path / "samples.json"
+    samples.write_text('{"b": 30, "a": 10}')
+    out = tmp_path / "merged"
+    args = ("aggregate", a, b, "-o", out, "--weights", samples, "--lam", 0)
+    code, stdout, stderr = fedrot(*args)
+    assert (code, stderr) == (0, "")
+    assert f"reference             {a} (the first client" in stdout
+    assert "1 of rank 2" in stdout and str(out) in stdout
+    for key in (KEY_A, KEY_B):
+        expected = 0.25 * read(a)[key] + 0.75 * read(b)[key]
+        torch.testing.assert_close(read(out)[key], expected)
+
+    provenance = json.loads((out / "fedrot_provenance.json").read_text())
+    assert provenance["method"] == {
+        "name": "FedRot-LoRA",
+        "lam": 0.0,
+        "align": "joint",
+        "proper": True,
+    }
+    assert [c["weight"] for c in provenance["clients"]] == [0.25, 0.75]
+    sha = hashlib.sha256((b / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert provenance["clients"][1]["sha256"]["adapter_model.safetensors"] == sha
+    assert provenance["reference"]["path"] == str(a)
+    assert provenance["measured"]["error_plain"] == provenance["measured"]["error_aligned"] > 0
+
+
+def test_whole_rotation_is_the_default_and_recovers_a_rotated_adapter(clients, tmp_path):
+    a, _ = clients
+    c, s = torch.cos(torch.tensor(2.0)), torch.sin(torch.tensor(2.0))
+    Q = torch.stack([torch.stack([c, -s]), torch.stack([s, c])])
+    turned = write(tmp_path / "turned", 3)
+    tensors = {KEY_A: Q.T @ read(a)[KEY_A], KEY_B: read(a)[KEY_B] @ Q}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, turned / "adapter_model.safetensors")
+    out = tmp_path / "merged"
+    code, stdout, _ = fedrot("aggregate", a, turned, "--reference", a, "-o", out)
+    assert code == 0
+    for key in (KEY_A, KEY_B):
+        torch.testing.assert_close(read(out)[key], read(a)[key], rtol=0, atol=1e-5)
+    # Client a is turned by 0, the other by 2 rad = 114.6 degrees: 57.3 in the mean.
+    assert "57.3 degrees" in stdout
+    assert "(the first client" not in stdout
+
+
+def test_says_when_aligning_loses_more_than_plain_averaging(clients, tmp_path):
+    """Same B, and A turned by 180 degrees: aligned on A alone, the two B cancel."""
+    a, b = clients
+    tensors = {KEY_A: -0.01 * read(a)[KEY_A], KEY_B: read(a)[KEY_B]}
+    save_file(tensors, b / "adapter_model.safetensors")
+    _, _, stderr = fedrot("aggregate", a, b, "-o", tmp_path / "m", "--align", "A")
+    assert "note: aligning increased the error" in stderr
+    summary = json.loads((tmp_path / "m" / "fedrot_provenance.json").read_text())["measured"]
+    assert summary["relative_plain"] == pytest.approx(0, abs=1e-6)
+    assert summary["relative_aligned"] == pytest.approx(1, rel=1e-6)
+    # One client alone loses nothing but rounding, and nothing is said.
+    assert fedrot("aggregate", b, "--reference", a, "-o", tmp_path / "o")[2] == ""
+
+
+def test_quiet_and_force(clients, tmp_path):
+    out = tmp_path / "merged"
+    assert fedrot("aggregate", *clients, "-o", out, "--quiet") == (0, "", "")
+    before = read(out)[KEY_A]
+    code, stdout, stderr = fedrot("aggregate", *clients, "-o", out)
+    assert (code, stdout) == (1, "")
+    assert stderr == f"fedrot: {out} exists; --force replaces it\n"
+    assert fedrot("aggregate", *clients, "-o", out, "--force", "-q", "--lam", 0)[0] == 0
+    assert not torch.equal(read(out)[KEY_A], before)
+
+
+def test_rank_lets_a_larger_client_in(clients, tmp_path):
+    big = write(tmp_path / "big", 3, r=3)
+    out = tmp_path / "merged"
+    code, _, stderr = fedrot("aggregate", clients[0], big, "-o", out)
+    assert code == 1 and "--rank 3 pads the reference" in stderr and not out.exists()
+    assert fedrot("aggregate", clients[0], big, "-o", out, "--rank", 3)[0] == 0
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 6)  # the scaling stays 4 / 2
+    assert read(out)[KEY_A].shape == (3, 5)
+
+
+def test_other_base_model_is_said_on_stderr(clients, tmp_path):
+    other = write(tmp_path / "other", 3, base_model_name_or_path="gpt2")
+    code, _, stderr = fedrot("aggregate", clients[0], other, "-o", tmp_path / "merged", "-q")
+    assert code == 0
+    assert stderr.startswith(f"note: {other}: base_model_name_or_path is 'gpt2'")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["a", "b", "-o", "a", "--force"], "would replace the input"),
+        (["a", "a", "-o", "out"], "is given twice"),
+        (["a", "nowhere", "-o", "out"], "nowhere: no such folder"),
+        (["a", "b", "-o", "out", "--weights", "1"], "1 values for 2 adapters"),
+        (["a", "b", "-o", "out", "--weights", "0,0"], "not all zero"),
+        (["a", "b", "-o", "out", "--lam", "1.5"], "lam must lie in [0, 1], got 1.5"),
+        (["a", "b", "-o", "out", "--rank", "0"], "--rank must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(clients, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    code, stdout, stderr = fedrot("aggregate", *args)
+    assert (code, stdout) == (1, "")
+    assert message in stderr and stderr.count("\n") == 1
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

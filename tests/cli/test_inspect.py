@@ -1,0 +1,86 @@
+"""`fedrot inspect`: layers, scalings, and misalignment, as a table and as JSON."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from fedrot.cli import app
+
+A = torch.tensor([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+B = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+
+
+def write(path: Path, degrees: float, alpha: float = 4) -> Path:
+    """One layer of rank 2 whose update is `alpha / 2 * B A`, in a basis turned by `degrees`."""
+    angle = math.radians(degrees)
+    Q = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    path.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha, "target_modules": ["q"]}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    key = "base_model.model.layers.0.q.lora_{}.weight"
+    tensors = {key.format("A"): (Q.T @ A).contiguous(), key.format("B"): (B @ Q).contiguous()}
+    save_file(tensors, path / "adapter_model.safetensors")
+    return path
+
+
+def fedrot(*args, columns: int = 100):
+    env = {"COLUMNS": str(columns)}
+    return CliRunner().invoke(app, [str(arg) for arg in args], env=env)
+
+
+def test_one_adapter(tmp_path):
+    result = fedrot("inspect", write(tmp_path / "a", 0, alpha=3))
+    assert result.exit_code == 0
+    row = next(line for line in result.stdout.splitlines() if "layers.0.q" in line)
+    assert row.split() == ["layers.0.q", "2x3", "4x2", "2", "1.5", "float32"]
+    assert "rotation" not in result.stdout
+
+
+def test_misalignment_with_known_angles(tmp_path):
+    """Turned by +60 and -60 degrees: plain averaging keeps cos(60)^2 of the update."""
+    ref = write(tmp_path / "ref", 0)
+    clients = [write(tmp_path / "p", 60), write(tmp_path / "m", -60)]
+    result = fedrot("inspect", *clients, "--reference", ref, "--json")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert [a["layers"][0]["scaling"] for a in report["adapters"]] == [2.0, 2.0]
+    assert report["reference"] == str(ref)
+    for client in clients:
+        assert report["angles"][str(client)]["layers.0.q"] == pytest.approx(60, abs=1e-3)
+    norm = 2 * math.sqrt(13)  # s ||B A||
+    errors = report["errors"]["layers.0.q"]
+    assert errors["norm"] == pytest.approx(norm, rel=1e-5)
+    assert errors["plain"] == pytest.approx(0.75 * norm, rel=1e-5)
+    assert errors["aligned"] == pytest.approx(0, abs=1e-5)
+    assert report["summary"]["relative_plain"] == pytest.approx(0.75, rel=1e-5)
+
+    half = json.loads(
+        fedrot("inspect", *clients, "--reference", ref, "--lam", 0.5, "--json").stdout
+    )
+    # Half a rotation turns 60 degrees by 30: cos(30)^2 is kept.
+    assert half["errors"]["layers.0.q"]["aligned"] == pytest.approx(0.25 * norm, rel=1e-4)
+
+
+def test_tables_of_several(tmp_path):
+    clients = [write(tmp_path / name, d, a) for name, d, a in (("a", 0, 4), ("b", 50, 8))]
+    result = fedrot("inspect", *clients, "--weights", "3,1", columns=300)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert f"rotation from {clients[0]} (degrees)" in result.stdout
+    table = result.stdout.split("rotation from")[1].split("aggregation error")[0]
+    row = next(line for line in table.splitlines() if str(clients[1]) in line)
+    assert row.split()[1:] == ["0.250", "50.0", "50.0"]
+    assert lines[-2].split()[:2] == ["all", "25.0"]
+    # Two layouts (the scalings differ), each adapter once.
+    assert result.stdout.count("scaling") == 2
+
+
+def test_bad_input_is_one_line(tmp_path):
+    result = fedrot("inspect", tmp_path / "nowhere")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"fedrot: {tmp_path / 'nowhere'}: no such folder\n"
