@@ -71,8 +71,12 @@ def batched(
         r, k = ref_A[layer].shape
         groups.setdefault((ref_B[layer].shape[0], k, r), []).append(layer)
     for (_, _, r), members in groups.items():
-        A = torch.stack([torch.stack([lora_A[i * layers + m] for m in members]) for i in range(clients)])
-        B = torch.stack([torch.stack([lora_B[i * layers + m] for m in members]) for i in range(clients)])
+        A = torch.stack(
+            [torch.stack([lora_A[i * layers + m] for m in members]) for i in range(clients)]
+        )
+        B = torch.stack(
+            [torch.stack([lora_B[i * layers + m] for m in members]) for i in range(clients)]
+        )
         M = torch.zeros(clients, len(members), r, r)
         if align in ("A", "joint"):
             M = M + A @ torch.stack([ref_A[m] for m in members]).mT

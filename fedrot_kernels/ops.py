@@ -202,9 +202,7 @@ def _explain(name: str, where: str, t: Tensor, dtype: torch.dtype, device: torch
         )
 
 
-def _explain_client(
-    client: int, layer: int, A: Tensor, B: Tensor, d: int, k: int, r: int
-) -> None:
+def _explain_client(client: int, layer: int, A: Tensor, B: Tensor, d: int, k: int, r: int) -> None:
     where = f"client {client}, layer {layer}"
     if A.dim() == 2 and A.shape[1] == k and A.shape[0] > r:
         raise ValueError(
@@ -310,9 +308,7 @@ def align(
         ``N * L`` tensors ``(r_i, r)``, client-major, float32 (float64 for float64 inputs), with
         orthonormal rows.
     """
-    return torch.ops.fedrot.align(
-        lora_A, lora_B, ref_A, ref_B, lam=lam, align=align, proper=proper
-    )
+    return torch.ops.fedrot.align(lora_A, lora_B, ref_A, ref_B, lam=lam, align=align, proper=proper)
 
 
 def polar(M: Tensor, *, proper: bool = False) -> Tensor:
@@ -349,7 +345,9 @@ def _align_aggregate_fake(
 def _align_fake(lora_A, lora_B, ref_A, ref_B, *, lam=0.4, align="joint", proper=True):
     problem = check(lora_A, lora_B, ref_A, ref_B, None, lam, align)
     return [
-        lora_A[0].new_empty((r_i, problem.shapes[i % problem.layers][2]), dtype=problem.compute_dtype)
+        lora_A[0].new_empty(
+            (r_i, problem.shapes[i % problem.layers][2]), dtype=problem.compute_dtype
+        )
         for i, r_i in enumerate(problem.ranks)
     ]
 

@@ -7,10 +7,10 @@
 
 namespace fedrot {
 
-#define FEDROT_DECLARE(isa)                        \
-  namespace isa {                                  \
-  const cpu::Kernels<float>& kernels_float();      \
-  const cpu::Kernels<double>& kernels_double();    \
+#define FEDROT_DECLARE(isa)                     \
+  namespace isa {                               \
+  const cpu::Kernels<float>& kernels_float();   \
+  const cpu::Kernels<double>& kernels_double(); \
   }
 FEDROT_DECLARE(portable)
 #if defined(FEDROT_X86_64)

@@ -14,16 +14,14 @@
 namespace fedrot::cpu {
 namespace {
 
-constexpr int client_block = 4;                  // clients that share one load of the reference
+constexpr int client_block = 4;                 // clients that share one load of the reference
 constexpr std::int64_t wave_bytes = 2ll << 20;  // per thread: a core's own cache
 
 bool uses_double(const Problem& p) {
   return p.client_dtype == DType::f64 || p.ref_dtype == DType::f64;
 }
 
-std::int64_t bytes_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+std::int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 int largest_rank(const Problem& p) {
   int r = 1;
@@ -98,8 +96,7 @@ class Engine {
       const int last = std::min(first + client_block, problem_.clients);
       Acc* M = R_.data() + (offsets_[layer] - offsets_[begin]) + first * square(layer);
       // lam = 0 leaves every client as it is: no covariance is needed.
-      if (problem_.lam > 0)
-        kernels_.covariance(problem_, layer, first, last, M, scratch(thread));
+      if (problem_.lam > 0) kernels_.covariance(problem_, layer, first, last, M, scratch(thread));
       for (int i = first; i < last; ++i, M += square(layer))
         if (!kernels_.rotation(r, M, problem_.lam, problem_.proper, scratch(thread)))
           finite_ = false;
@@ -170,8 +167,8 @@ bool align(const Problem& p, void* const* out, int threads) {
 
 long polar(const void* M, void* out, long batch, int m, int n, bool is_double, bool proper,
            int threads) {
-  return is_double ? polar_batch(static_cast<const double*>(M), static_cast<double*>(out), batch,
-                                 m, n, proper, threads)
+  return is_double ? polar_batch(static_cast<const double*>(M), static_cast<double*>(out), batch, m,
+                                 n, proper, threads)
                    : polar_batch(static_cast<const float*>(M), static_cast<float*>(out), batch, m,
                                  n, proper, threads);
 }

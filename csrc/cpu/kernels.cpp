@@ -47,15 +47,13 @@ inline void dot_panels(int rows, int cols, int count, const Acc* X, const Acc* Y
     int q = 0;
     for (; q + Q <= cols; q += Q)
       dot_tile<4, Q>(count, X + p * ld, Y + q * ld, ld, M + p * ldm + q, ldm);
-    for (; q < cols; ++q)
-      dot_tile<4, 1>(count, X + p * ld, Y + q * ld, ld, M + p * ldm + q, ldm);
+    for (; q < cols; ++q) dot_tile<4, 1>(count, X + p * ld, Y + q * ld, ld, M + p * ldm + q, ldm);
   }
   for (; p < rows; ++p) {
     int q = 0;
     for (; q + Q <= cols; q += Q)
       dot_tile<1, Q>(count, X + p * ld, Y + q * ld, ld, M + p * ldm + q, ldm);
-    for (; q < cols; ++q)
-      dot_tile<1, 1>(count, X + p * ld, Y + q * ld, ld, M + p * ldm + q, ldm);
+    for (; q < cols; ++q) dot_tile<1, 1>(count, X + p * ld, Y + q * ld, ld, M + p * ldm + q, ldm);
   }
 }
 

@@ -96,10 +96,14 @@ inline void narrow(double x, Float16& y) { narrow_double(x, y); }
 template <class F>
 inline void with_dtype(DType dtype, F f) {
   switch (dtype) {
-    case DType::f64: return f(static_cast<double*>(nullptr));
-    case DType::f32: return f(static_cast<float*>(nullptr));
-    case DType::bf16: return f(static_cast<BFloat16*>(nullptr));
-    case DType::f16: return f(static_cast<Float16*>(nullptr));
+    case DType::f64:
+      return f(static_cast<double*>(nullptr));
+    case DType::f32:
+      return f(static_cast<float*>(nullptr));
+    case DType::bf16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case DType::f16:
+      return f(static_cast<Float16*>(nullptr));
   }
 }
 

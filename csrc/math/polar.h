@@ -32,7 +32,8 @@ FEDROT_HD void flip_smallest(const G& g, int n, T* R, const T* inverse, T* P, T*
     multiply(g, n, n, n, P, n, P, n, Q, n);
   }
   const int j = g.argmax(0, n, [=](int i) { return P[i * n + i]; });
-  const T norm = std::sqrt(g.template sum<T>(n, [=](int i) { return P[i * n + j] * P[i * n + j]; }));
+  const T norm =
+      std::sqrt(g.template sum<T>(n, [=](int i) { return P[i * n + j] * P[i * n + j]; }));
   g.each(n, [=](int i) { v[i] = P[i * n + j] / norm; });
   g.sync();
   T* image = Q;
@@ -122,9 +123,8 @@ FEDROT_HD int orthogonal_decomposition(const G& g, int m, T* X, T scale, T toler
     sign = -sign;
   }
   // Columns back in their own order, what is below the triangle is zero.
-  g.each(m, m, [=](int i, int j) {
-    Y[i * m + order[j]] = (i < rank && j >= i) ? X[i * m + j] : T(0);
-  });
+  g.each(m, m,
+         [=](int i, int j) { Y[i * m + order[j]] = (i < rank && j >= i) ? X[i * m + j] : T(0); });
   g.sync();
   copy(g, m * m, Y, X);
   for (int k = 0; k < rank; ++k) {  // LQ
@@ -174,8 +174,7 @@ FEDROT_HD void polar(const G& g, int n, T* X, int det, T scale, T tolerance, T* 
   int m = n;
   while (true) {
     int signs = 1;
-    const int rank =
-        orthogonal_decomposition(g, m, M, scale, tolerance, U, V, P, v, pivots, signs);
+    const int rank = orthogonal_decomposition(g, m, M, scale, tolerance, U, V, P, v, pivots, signs);
     T* block = X;  // polar(T)
     const int done = rank == 0 ? m : rank;
     if (rank == 0) {  // no evidence left: the identity, reflected where the determinant asks

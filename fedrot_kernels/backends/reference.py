@@ -85,7 +85,10 @@ def _float64(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.detach().to("cpu", torch.float64) for t in tensors]
 
 
-def _rotations(lora_A, lora_B, ref_A, ref_B, lam, align, proper, eps) -> list[Tensor]:
+def _rotations(
+    factors: list[list[Tensor]], lam: float, align: str, proper: bool, eps: float
+) -> list[Tensor]:
+    lora_A, lora_B, ref_A, ref_B = factors
     layers = len(ref_A)
     rotations = []
     for index, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
@@ -100,7 +103,7 @@ def align(lora_A, lora_B, ref_A, ref_B, *, lam=0.4, align="joint", proper=True) 
     check_finite(lora_A, lora_B, ref_A, ref_B)
     eps = torch.finfo(problem.compute_dtype).eps
     factors = [_float64(t) for t in (lora_A, lora_B, ref_A, ref_B)]
-    rotations = _rotations(*factors, lam, align, proper, eps)
+    rotations = _rotations(factors, lam, align, proper, eps)
     return [R.to(problem.device, problem.compute_dtype, copy=True) for R in rotations]
 
 
@@ -111,8 +114,9 @@ def align_aggregate(
     w = check_weight_values(weights, problem.clients)
     check_finite(lora_A, lora_B, ref_A, ref_B)
     eps = torch.finfo(problem.compute_dtype).eps
-    client_A, client_B, *reference = (_float64(t) for t in (lora_A, lora_B, ref_A, ref_B))
-    rotations = _rotations(client_A, client_B, *reference, lam, align, proper, eps)
+    factors = [_float64(t) for t in (lora_A, lora_B, ref_A, ref_B)]
+    client_A, client_B = factors[:2]
+    rotations = _rotations(factors, lam, align, proper, eps)
 
     out_A = [torch.zeros(r, k, dtype=torch.float64) for _, k, r in problem.shapes]
     out_B = [torch.zeros(d, r, dtype=torch.float64) for d, _, r in problem.shapes]

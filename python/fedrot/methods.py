@@ -115,6 +115,4 @@ def _align_aggregate(
         align=align,
         proper=proper,
     )
-    return Factors(
-        dict(zip(reference.A, A, strict=True)), dict(zip(reference.B, B, strict=True))
-    )
+    return Factors(dict(zip(reference.A, A, strict=True)), dict(zip(reference.B, B, strict=True)))

@@ -26,7 +26,9 @@ def aggregation_error(
     w = w.to(torch.float64) / w.to(torch.float64).sum()
     errors = {}
     for name, B in aggregate.B.items():
-        left = torch.cat([w[i] * u.B[name].double() for i, u in enumerate(uploads)] + [-B.double()], 1)
+        left = torch.cat(
+            [w[i] * u.B[name].double() for i, u in enumerate(uploads)] + [-B.double()], 1
+        )
         right = torch.cat([u.A[name].double() for u in uploads] + [aggregate.A[name].double()])
         # QR first: the difference of Gram blocks alone would lose half of the digits.
         R_left = torch.linalg.qr(left, mode="r").R

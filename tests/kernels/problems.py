@@ -43,7 +43,7 @@ class Inputs:
 
     def permuted(self, order: Sequence[int]) -> Inputs:
         def pick(tensors):
-            return [tensors[i * self.layers + l] for i in order for l in range(self.layers)]
+            return [tensors[i * self.layers + j] for i in order for j in range(self.layers)]
 
         return replace(self, lora_A=pick(self.lora_A), lora_B=pick(self.lora_B))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -58,7 +57,7 @@ def test_compile_fullgraph(dynamic):
 def test_schemas_are_the_contract():
     assert str(op.align_aggregate.default._schema) == (
         "fedrot::align_aggregate(Tensor[] lora_A, Tensor[] lora_B, Tensor[] ref_A, Tensor[] ref_B,"
-        " Tensor? weights=None, *, float lam=0.40000000000000002, str align=\"joint\","
+        ' Tensor? weights=None, *, float lam=0.40000000000000002, str align="joint",'
         " bool proper=True) -> (Tensor[] A, Tensor[] B)"
     )
     assert str(op.polar.default._schema) == (

@@ -12,8 +12,11 @@ ranks = st.integers(1, 9)
 lams = st.sampled_from([0.0, 0.2, 0.4, 0.5, 0.9, 1.0])
 
 
+several = st.integers(1, 5)
+
+
 @st.composite
-def problems(draw, clients=st.integers(1, 5)):
+def problems(draw, clients=several):
     layers = draw(st.integers(1, 3))
     shapes = [
         (draw(st.integers(r, 40)), draw(st.integers(r, 40)), r)
@@ -81,8 +84,12 @@ def test_lam_zero_is_the_weighted_mean(inputs):
     A, B = op.align_aggregate(*inputs, weights, lam=0.0)
     share = weights / weights.sum()
     for layer in range(inputs.layers):
-        mean_A = sum(w * t for w, t in zip(share, inputs.lora_A[layer :: inputs.layers], strict=True))
-        mean_B = sum(w * t for w, t in zip(share, inputs.lora_B[layer :: inputs.layers], strict=True))
+        mean_A = sum(
+            w * t for w, t in zip(share, inputs.lora_A[layer :: inputs.layers], strict=True)
+        )
+        mean_B = sum(
+            w * t for w, t in zip(share, inputs.lora_B[layer :: inputs.layers], strict=True)
+        )
         torch.testing.assert_close(A[layer], mean_A)
         torch.testing.assert_close(B[layer], mean_B)
 

@@ -18,7 +18,7 @@ from problems import (
 )
 
 import fedrot_kernels
-from fedrot_kernels.backends import cpu, reference
+from fedrot_kernels.backends import reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 RANKS = (1, 2, 3, 4, 8, 16, 33)
@@ -56,8 +56,8 @@ def test_against_reference(dtype, align, r):
             compare(inputs, weights, lam=lam, align=align, proper=proper)
 
 
-# Only the default mode and float32/float64 at these ranks: the reference takes seconds, and what the dtype
-# and the mode change (loads, which panels are read) does not depend on the rank.
+# Only the default mode and float32/float64 at these ranks: the reference takes seconds, and what
+# the dtype and the mode change (loads, which panels are read) does not depend on the rank.
 @pytest.mark.parametrize("r", [64, 130, 256])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_against_reference_large_rank(dtype, r):
@@ -154,9 +154,7 @@ def test_polar_of_ill_conditioned_matrices(n, condition):
     assert float((R @ R.T - identity).abs().max()) < 1e-5
     assert float((R * M).sum()) > float(S.sum()) * (1 - 1e-5)
     exact = op.polar(M)
-    torch.testing.assert_close(
-        exact, reference.polar(M), atol=1e-15 * condition * n, rtol=0
-    )
+    torch.testing.assert_close(exact, reference.polar(M), atol=1e-15 * condition * n, rtol=0)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
@@ -174,8 +172,8 @@ def test_rank_deficient_polar(n, rank, proper, dtype):
     left = torch.randn(n, rank, dtype=torch.float64, generator=g)
     M = (left @ torch.randn(rank, n, dtype=torch.float64, generator=g)).to(dtype)
     R = op.polar(M, proper=proper)
-    assert float((R @ R.T - torch.eye(n, dtype=dtype)).abs().max()) < (
-        ORTHOGONALITY_TOLERANCE[dtype]
+    assert (
+        float((R @ R.T - torch.eye(n, dtype=dtype)).abs().max()) < (ORTHOGONALITY_TOLERANCE[dtype])
     )
     optimum = float(torch.linalg.svdvals(M.double()).sum())
     assert float((R.double() * M.double()).sum()) >= optimum * (1 - 1e-5)
@@ -185,7 +183,7 @@ def test_rank_deficient_polar(n, rank, proper, dtype):
     torch.testing.assert_close(
         R, reference.polar(M, proper=proper), atol=2e-3 if dtype == torch.float32 else 1e-8, rtol=0
     )
-    if dtype == torch.float64 and not proper and 0 < rank:
+    if dtype == torch.float64 and not proper and rank > 0:
         U, _, Vh = torch.linalg.svd(M + 1e-9 * torch.eye(n, dtype=dtype))
         torch.testing.assert_close(R, U @ Vh, atol=1e-5, rtol=0)
 
