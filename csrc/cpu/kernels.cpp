@@ -18,7 +18,9 @@ inline int tile_length(int r) { return r <= 128 ? 512 : 256; }
 // X panel, reference panel and r^2 accumulators, or the workspace of the r x r mathematics with
 // the pivots behind it.
 inline std::size_t scratch_size(int r) {
-  const std::size_t panels = std::size_t(2 * r) * tile_length(r) + std::size_t(r) * r;
+  // A position-major reference panel has its rows padded to whole vectors.
+  const std::size_t panels =
+      std::size_t(2 * r + 2 * vector_bytes) * tile_length(r) + std::size_t(r) * r;
   return std::max<std::size_t>(panels, workspace_size(r) + r) + 2 * vector_bytes;
 }
 
@@ -57,10 +59,51 @@ inline void dot_panels(int rows, int cols, int count, const Acc* X, const Acc* Y
   }
 }
 
+// M[p][q] += sum_t X[p][t] Y[t][q] for P rows and up to Q vectors of columns, cols of which are
+// real; Y is position-major with row stride ldy.
+template <int P, int Q, class Acc>
+inline void outer_tile(int cols, int count, const Acc* X, int ld, const Acc* Y, int ldy, Acc* M,
+                       int ldm) {
+  Vector<Acc> sums[P][Q] = {};
+  for (int t = 0; t < count; ++t) {
+    Vector<Acc> y[Q];
+    for (int q = 0; q < Q; ++q) y[q] = load(Y + t * ldy + q * lanes<Acc>);
+    for (int p = 0; p < P; ++p)
+      for (int q = 0; q < Q; ++q) sums[p][q] += X[p * ld + t] * y[q];
+  }
+  for (int p = 0; p < P; ++p) {
+    Acc row[Q * lanes<Acc>];
+    std::memcpy(row, sums[p], sizeof row);
+    for (int q = 0; q < cols; ++q) M[p * ldm + q] += row[q];
+  }
+}
+
+template <class Acc>
+inline void outer_panels(int rows, int cols, int count, const Acc* X, int ld, const Acc* Y, int ldy,
+                         Acc* M, int ldm) {
+  constexpr int P = vector_bytes == 64 ? 8 : 4, width = 2 * lanes<Acc>;
+  for (int q = 0; q < cols; q += width) {
+    const int real = std::min(width, cols - q);
+    int p = 0;
+    if (real > lanes<Acc>) {
+      for (; p + P <= rows; p += P)
+        outer_tile<P, 2>(real, count, X + p * ld, ld, Y + q, ldy, M + p * ldm + q, ldm);
+      for (; p < rows; ++p)
+        outer_tile<1, 2>(real, count, X + p * ld, ld, Y + q, ldy, M + p * ldm + q, ldm);
+    } else {
+      for (; p + P <= rows; p += P)
+        outer_tile<P, 1>(real, count, X + p * ld, ld, Y + q, ldy, M + p * ldm + q, ldm);
+      for (; p < rows; ++p)
+        outer_tile<1, 1>(real, count, X + p * ld, ld, Y + q, ldy, M + p * ldm + q, ldm);
+    }
+  }
+}
+
 template <class Acc>
 void covariance(const Problem& problem, int layer, int begin, int end, Acc* M, Acc* scratch) {
   const Layer shape = problem.shapes[layer];
-  const int r = shape.r, ld = tile_length(r);
+  const int r = shape.r, ld = tile_length(r), ldy = padded<Acc>(r);
+  const bool outer = r >= lanes<Acc>;
   Acc *X = scratch, *Y = scratch + r * ld;
   std::fill(M, M + std::size_t(end - begin) * r * r, Acc(0));
   for (const Side side : {Side::A, Side::B}) {
@@ -70,11 +113,18 @@ void covariance(const Problem& problem, int layer, int begin, int end, Acc* M, A
     const Matrix* clients = side == Side::A ? problem.lora_A : problem.lora_B;
     for (std::int64_t at = 0; at < length; at += ld) {
       const int count = int(std::min<std::int64_t>(ld, length - at));
-      load_panel(side, problem.ref_dtype, reference, r, at, count, Y, ld);
+      if (outer)
+        load_positions(side, problem.ref_dtype, reference, r, at, count, Y, ldy);
+      else
+        load_panel(side, problem.ref_dtype, reference, r, at, count, Y, ld);
       for (int i = begin; i < end; ++i) {
         const int index = i * problem.layers + layer, rank = problem.ranks[index];
         load_panel(side, problem.client_dtype, clients[index], rank, at, count, X, ld);
-        dot_panels(rank, r, count, X, Y, ld, M + std::size_t(i - begin) * r * r, r);
+        Acc* Mi = M + std::size_t(i - begin) * r * r;
+        if (outer)
+          outer_panels(rank, r, count, X, ld, Y, ldy, Mi, r);
+        else
+          dot_panels(rank, r, count, X, Y, ld, Mi, r);
       }
     }
   }

@@ -139,6 +139,29 @@ inline void load_panel(Side side, DType dtype, const Matrix& m, int rank, std::i
     for (int t = count; t < padded; ++t) panel[p * ld + t] = 0;
 }
 
+// n rounded up to two vectors.
+template <class Acc>
+constexpr int padded(int n) {
+  return (n + 2 * lanes<Acc> - 1) / (2 * lanes<Acc>)*(2 * lanes<Acc>);
+}
+
+// The same block the other way round: panel[t][p], zero for rank <= p < ld.
+template <class Acc>
+inline void load_positions(Side side, DType dtype, const Matrix& m, int rank, std::int64_t begin,
+                           int count, Acc* panel, int ld) {
+  with_dtype(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* data = static_cast<const T*>(m.data);
+    const std::int64_t along = side == Side::A ? 1 : m.row_stride;
+    const std::int64_t across = side == Side::A ? m.row_stride : 1;
+    for (int t = 0; t < count; ++t)
+      for (int p = 0; p < rank; ++p)
+        panel[t * ld + p] = Acc(widen(data[(begin + t) * along + p * across]));
+  });
+  for (int t = 0; t < count; ++t)
+    for (int p = rank; p < ld; ++p) panel[t * ld + p] = 0;
+}
+
 // The inverse of load_panel. Returns whether every value was finite.
 template <class Acc>
 inline bool store_panel(Side side, DType dtype, const Matrix& m, int rank, std::int64_t begin,

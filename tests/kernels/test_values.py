@@ -233,7 +233,8 @@ def test_every_instruction_set(level):
         "    (A,), _ = torch.ops.fedrot.align_aggregate([x[None]], [zero],\n"
         "        [torch.zeros(1, x.numel(), dtype=dtype)], [zero.to(dtype)], lam=0.0)\n"
         "    assert torch.equal(A[0], x.to(dtype)), 'rounding'\n"
-        "print(t.cpu.instruction_set)\n"
+        "from fedrot_kernels.backends import cpu\n"
+        "print(cpu.instruction_set)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, os.path.dirname(__file__)],
