@@ -1,0 +1,45 @@
+"""Progress bars: on a terminal only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedrot.tasks.base import Track
+
+
+@contextmanager
+def progress(quiet: bool = False) -> Iterator[Track]:
+    """A function that shows the loops it is given as bars, on stderr; nothing off a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    disabled = quiet or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=disabled) as bars:
+
+        def track(items: Iterable[Any], label: str) -> Iterator[Any]:
+            items = list(items)
+            bar = bars.add_task(label, total=len(items))
+            try:
+                for item in items:
+                    yield item
+                    bars.advance(bar)
+            finally:
+                bars.remove_task(bar)
+
+        yield track

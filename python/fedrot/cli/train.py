@@ -1,0 +1,70 @@
+"""`fedrot train`: one federation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedrot.cli._progress import progress
+from fedrot.cli._run import user_errors
+
+if TYPE_CHECKING:
+    from fedrot.options import Tree
+
+
+@user_errors
+def train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Options, as in local.lr=0.1.", show_default=False
+        ),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="fedit or fedrot (default).")] = None,
+    setting: Annotated[
+        str | None, typer.Option(help="rounds (default), regauge or one-shot.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="digits (default).")] = None,
+    seed: Annotated[int | None, typer.Option(help="0 by default.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of options.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run; METHOD-SETTING-SEED if not given.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier run.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+) -> None:
+    """Train a federation and write runs/NAME with metrics, adapter, pictures and report."""
+    from fedrot.config import load
+    from fedrot.methods import METHODS
+    from fedrot.options import name_of, nested, parse_overrides, read_yaml
+    from fedrot.simulation.rounds import federate
+
+    flags = {"method.name": method, "setting": setting, "task.name": task, "seed": seed}
+    resolved = load(
+        read_yaml(config) if config else {},
+        *(nested(key, value) for key, value in flags.items() if value is not None),
+        parse_overrides(overrides or []),
+    )
+    label = name_of(resolved.method, METHODS)
+    run = out / (name or f"{label}-{resolved.setting}-{resolved.seed}")
+    with progress(quiet) as track:
+        summary = federate(resolved, run, resume=resume, force=force, track=track)
+    if not quiet:
+        _print_result(run, resolved.tree(), summary)
+
+
+def _print_result(run: Path, config: Tree, summary: dict[str, Any]) -> None:
+    synthetic = " (synthetic)" if summary["synthetic"] else ""
+    typer.echo(
+        f"{summary['method']}, {config['setting']}{synthetic}, seed {config['seed']}: accuracy "
+        f"{summary['accuracy']:.3f} (before {summary['start']['accuracy']:.3f}), "
+        f"{summary['seconds_local'] + summary['seconds_aggregation']:.1f} s"
+    )
+    if "client_accuracy" in summary:
+        typer.echo(f"one client alone, mean: {summary['client_accuracy']:.3f}")
+    typer.echo(f"adapter  {run / 'adapter'}")
+    typer.echo(f"report   {run / 'report.html'}")

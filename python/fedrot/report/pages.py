@@ -1,0 +1,250 @@
+"""What goes into a run's folder and into a comparison's besides numbers: pictures and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedrot.config import SETTINGS, Config
+from fedrot.files import new_file, write_text
+from fedrot.report import html, plots
+from fedrot.report.results import Comparison, MeanStd, mean_std
+
+Row = Mapping[str, Any]  # a line of metrics.jsonl
+
+COLUMNS = {
+    "round": ("round", "d"),
+    "accuracy": ("accuracy", ".3f"),
+    "loss": ("test loss", ".3f"),
+    "train_loss": ("train loss", ".3f"),
+    "aggregation_error": ("error", ".3g"),
+    "aggregation_error_plain": ("plain", ".3g"),
+    "rotation_angle": ("angle", ".1f"),
+    "seconds_local": ("local, s", ".2f"),
+    "seconds_aggregation": ("aggr., s", ".4f"),
+}
+RUN_COLUMNS = ["setting", "method", "seed", "accuracy", "folder"]
+WORDS = (
+    "Error: aggregation error of the round's uploads, the Frobenius norm of (mean of B_i A_i) - "
+    "B A over all layers; plain: the same uploads averaged factor by factor. Angle: mean "
+    "principal angle in degrees of the rotation that best aligns a client with the reference."
+)
+
+
+def write_run_report(
+    path: Path, config: Config, summary: Mapping[str, Any], rows: Sequence[Row]
+) -> None:
+    """Pictures and ``report.html`` of one run."""
+    method = config.method.name
+    pictures = _run_pictures(config, summary, rows)
+    _save(path, pictures)
+    facts = [
+        ("method", method),
+        ("final test accuracy", f"{summary['accuracy']:.3f}"),
+        ("before adaptation", f"{summary['start']['accuracy']:.3f}"),
+        *_client_fact(summary),
+        ("test examples", str(summary["test_examples"])),
+        ("examples per client", ", ".join(map(str, summary["client_examples"]))),
+        ("local training", f"{summary['seconds_local']:.1f} s"),
+        ("aggregation", f"{summary['seconds_aggregation']:.3f} s"),
+    ]
+    cells = [[format(row[key], form) for key, (_, form) in COLUMNS.items()] for row in rows]
+    text = html.page(
+        _title(config),
+        f"{config.task.title}; {config.clients.count} clients, {config.rounds} "
+        f"round{_s(config.rounds)}.",
+        *_about(config.setting, config.synthetic),
+        html.table([], facts),
+        html.heading("Pictures"),
+        *(html.figure(picture, caption) for picture, caption in pictures.values()),
+        html.heading("Rounds"),
+        html.table([name for name, _ in COLUMNS.values()], cells, words=1),
+        html.paragraph(WORDS),
+        html.heading("Configuration"),
+        html.code(yaml.safe_dump(config.tree(), sort_keys=False)),
+    )
+    write_text(path / "report.html", text)
+
+
+def write_comparison_report(path: Path, comparison: Comparison, merge_command: str | None) -> None:
+    """Pictures and ``report.html`` of a comparison."""
+    pictures = _comparison_pictures(comparison)
+    _save(path, pictures)
+    seeds = len(comparison.seeds)
+    parts = [
+        html.table(*comparison_table(comparison), words=2),
+        *(html.paragraph(text) for text in findings(comparison)),
+        html.paragraph(
+            f"Accuracy: mean and sample standard deviation over {seeds} seed{_s(seeds)}; all "
+            "methods see the same data, start and batches of a seed. Difference: paired by seed, "
+            "against the first method. Error (aggregation error), plain (the same uploads "
+            "averaged factor by factor) and angle (degrees): means over seeds and rounds."
+        ),
+        html.heading("Settings"),
+        *(
+            text
+            for name in comparison.settings
+            for text in _about(name, comparison.of(name)[0].synthetic, f"{name}: ")
+        ),
+        html.heading("Pictures"),
+        *(html.figure(picture, caption) for picture, caption in pictures.values()),
+        html.paragraph(WORDS),
+        html.heading("Runs"),
+        html.table(["setting", "method", "seed", "accuracy", "folder"], _runs(comparison)),
+    ]
+    if merge_command:
+        parts += [
+            html.heading("Next"),
+            html.paragraph("The clients' adapters of the one-shot runs are PEFT folders:"),
+            html.code(merge_command),
+        ]
+    title = "Comparison: " + ", ".join(comparison.methods)
+    lead = f"{comparison.task}; {seeds} seed{_s(seeds)}."
+    write_text(path / "report.html", html.page(title, lead, *parts))
+
+
+def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table, for the page and for the terminal."""
+    header = ["setting", "method", "accuracy", "difference", "error", "plain", "angle"]
+    rows = []
+    for group in comparison.groups:
+        accuracy = _spread(mean_std(group.values("accuracy")), ".3f")
+        difference = _spread(comparison.difference(group), "+.3f").replace("± +", "± ")
+        means = [_mean(mean_std(group.values(key)), form) for key, form in MEANS]
+        rows.append([group.label, group.method, accuracy, difference, *means])
+    return header, rows
+
+
+MEANS = (
+    ("aggregation_error", ".3f"),
+    ("aggregation_error_plain", ".3f"),
+    ("rotation_angle", ".1f"),
+)
+
+
+def _spread(values: MeanStd | None, form: str) -> str:
+    """``mean ± std``, the mean alone of a single seed, a dash where there is nothing."""
+    if values is None:
+        return "-"
+    mean, std = values
+    return format(mean, form) if std is None else f"{mean:{form}} ± {std:{form}}"
+
+
+def findings(comparison: Comparison) -> list[str]:
+    """A sentence per method and setting: is the paired difference more than noise?"""
+    out = []
+    for group in comparison.groups:
+        baseline = comparison.of(group.setting)[0]
+        interval = comparison.interval(group)
+        if group is baseline or interval is None:
+            continue
+        low, high = interval
+        verdict = "no difference beyond noise" if low <= 0 <= high else "a difference"
+        out.append(
+            f"{group.label}: {group.method} against {baseline.method}: {verdict} "
+            f"(95 % paired t-interval {low:+.3f} to {high:+.3f}, {len(comparison.seeds)} seeds)."
+        )
+    return out
+
+
+def _mean(values: MeanStd | None, form: str) -> str:
+    return "-" if values is None else format(values[0], form)
+
+
+def _about(setting: str, synthetic: bool, prefix: str = "") -> list[str]:
+    """What a setting does, and a note where the mismatch between clients is planted."""
+    own = html.paragraph(prefix + SETTINGS[setting].text) if setting != "regauge" else ""
+    return [own, html.note(prefix + SETTINGS["regauge"].text) if synthetic else ""]
+
+
+def _title(config: Config) -> str:
+    synthetic = " (synthetic)" if config.synthetic else ""
+    return f"{config.method.name}, setting {config.setting}{synthetic}, seed {config.seed}"
+
+
+def _s(count: int) -> str:
+    return "s" if count != 1 else ""
+
+
+def _client_fact(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if "client_accuracy" not in summary:
+        return []
+    return [("one client alone, mean", f"{summary['client_accuracy']:.3f}")]
+
+
+Pictures = dict[str, tuple[html.Picture, str]]  # file name -> (PNG, caption)
+
+
+def _run_pictures(config: Config, summary: Mapping[str, Any], rows: Sequence[Row]) -> Pictures:
+    method, last, title = config.method.name, rows[-1], _title(config)
+    if config.start == "own":
+        errors = {
+            "plain averaging": [[last["aggregation_error_plain"]]],
+            method: [[last["aggregation_error"]]],
+        }
+        return {
+            "accuracy.png": (
+                partial(plots.client_accuracies, last, method, title),
+                "Test accuracy of every client's own adapter and of the merged one.",
+            ),
+            "alignment.png": (
+                partial(plots.grouped_bars, [title], errors, "aggregation error"),
+                "Aggregation error of the merge.",
+            ),
+        }
+    start = summary["start"]["accuracy"]
+    return {
+        "accuracy.png": (
+            partial(plots.accuracy_over_rounds, rows, start, title),
+            "Test accuracy of the global model.",
+        ),
+        "alignment.png": (
+            partial(plots.alignment_over_rounds, rows, method, title),
+            "Aggregation error of the same uploads by the method and by plain averaging, and how "
+            "far clients are turned away from the reference.",
+        ),
+    }
+
+
+def _comparison_pictures(comparison: Comparison) -> Pictures:
+    out: Pictures = {}
+    for name in comparison.settings:
+        curves = {g.method: g.curves for g in comparison.of(name) if g.curves}
+        if all(len(seed) > 2 for seeds in curves.values() for seed in seeds):
+            out[f"accuracy-{name}.png"] = (
+                partial(plots.mean_curves, curves, comparison.label(name)),
+                f"Setting {comparison.label(name)}: test accuracy, mean and std over seeds.",
+            )
+    labels = [comparison.label(name) for name in comparison.settings]
+    final = comparison.by_method("accuracy")
+    out["final-accuracy.png"] = (
+        partial(plots.grouped_bars, labels, final, "final test accuracy", accuracy=True),
+        "Final test accuracy, mean and std over seeds.",
+    )
+    plain = comparison.by_method("aggregation_error_plain")[comparison.methods[-1]]
+    own = comparison.by_method("aggregation_error")
+    errors = {"plain averaging": plain, **{m: own[m] for m in comparison.methods}}
+    out["aggregation-error.png"] = (
+        partial(plots.grouped_bars, labels, errors, "aggregation error"),
+        "Aggregation error, mean over rounds: every method on the uploads of its own runs, and "
+        f"plain averaging on the uploads of {comparison.methods[-1]}.",
+    )
+    return out
+
+
+def _runs(comparison: Comparison) -> list[list[str]]:
+    return [
+        [group.setting, group.method, str(s["seed"]), f"{s['accuracy']:.3f}", str(folder)]
+        for group in comparison.groups
+        for s, folder in zip(group.summaries, group.folders, strict=False)  # none: clients alone
+    ]
+
+
+def _save(path: Path, pictures: Pictures) -> None:
+    for name, (picture, _) in pictures.items():
+        with new_file(path / name) as fresh:
+            fresh.write_bytes(picture(theme="light"))

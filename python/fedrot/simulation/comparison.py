@@ -1,0 +1,163 @@
+"""Several methods in several settings over the same seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedrot.config import Config, load
+from fedrot.errors import FedrotError
+from fedrot.files import write_json
+from fedrot.methods import METHODS
+from fedrot.options import Tree, flatten, merge, parse_overrides, pick, read_yaml
+from fedrot.report.pages import write_comparison_report
+from fedrot.report.results import Comparison, Group, clients_alone, mean_std
+from fedrot.simulation.rounds import federate
+from fedrot.simulation.run_dir import RunDir
+from fedrot.tasks.base import Track, no_progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A method to compare: its label, its folder's name, and its options under ``method:``."""
+
+    label: str
+    folder: str
+    options: Tree
+
+
+def parse_variant(text: str) -> Variant:
+    """``"fedit"``, or with options of its own ``"fedrot:lam=0.5:align=A"``."""
+    name, *options = text.split(":")
+    kind = pick(METHODS, name, "method")
+    own = parse_overrides(options)
+    label = " ".join([kind.name, *options])
+    return Variant(label, "-".join([name, *options]).replace("=", "-"), {"name": name, **own})
+
+
+def compare(
+    variants: Sequence[Variant],
+    settings: Sequence[str],
+    seeds: Sequence[int],
+    options: Tree,
+    path: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    track: Track = no_progress,
+) -> Comparison:
+    """Run everything into ``path/<setting>/<method>/seed-<n>`` and write summary and report.
+
+    All methods see the same data, start and batches of a seed. Where a setting trains once
+    (one-shot) the first method's uploads serve the others.
+
+    Raises:
+        FedrotError: an option is wrong (found before anything runs), or as :func:`federate`.
+    """
+    _check(variants, settings, options)
+    plan = [
+        (setting, variant, [_config(options, setting, variant, seed) for seed in seeds])
+        for setting in settings
+        for variant in variants
+    ]
+    groups: list[Group] = []
+    for setting, variant, configs in track(plan, "settings and methods"):
+        first = not any(g.setting == setting for g in groups)
+        folder = path / setting
+        runs = [RunDir(folder / variant.folder / f"seed-{c.seed}") for c in configs]
+        summaries = []
+        for config, run in track(list(zip(configs, runs, strict=True)), "seeds"):
+            shared = config.start == "own" and not first
+            source = folder / variants[0].folder / f"seed-{config.seed}" if shared else None
+            summaries.append(
+                federate(
+                    config, run.path, resume=resume, force=force, uploads_from=source, track=track
+                )
+            )
+        curves = [
+            [s["start"]["accuracy"], *(row["accuracy"] for row in run.rows())]
+            for s, run in zip(summaries, runs, strict=True)
+        ]
+        groups.append(Group(setting, variant.label, summaries, curves, [run.path for run in runs]))
+    groups = _with_clients_alone(groups)
+    labels = [variant.label for variant in variants]
+    result = Comparison(plan[0][2][0].task.title, list(seeds), list(settings), labels, groups)
+    write_comparison_report(path, result, merge_command(result))
+    write_json(path / "summary.json", _summary(result))
+    return result
+
+
+def merge_command(result: Comparison) -> str | None:
+    """The line that merges the clients of the last method's first one-shot run once more."""
+    for group in reversed(result.groups):
+        if group.folders and RunDir(group.folders[0]).clients():
+            path = group.folders[0]
+            method = read_yaml(path / "config.yaml")["method"]
+            folder = shlex.quote(str(path))
+            options = _aggregate_options(method)
+            return f"fedrot aggregate {folder}/clients/client-* {options} -o {folder}/merged"
+    return None
+
+
+def _aggregate_options(method: Tree) -> str:
+    """The options of ``fedrot aggregate`` that do what a method does in a single merge."""
+    if method["name"] == "fedit" or method["align"] == "alternate":  # its first round is plain
+        return "--lam 0.0"
+    align = "" if method["align"] == "joint" else f" --align {method['align']}"
+    return f"--lam {method['lam']}{align}{'' if method['proper'] else ' --improper'}"
+
+
+def _check(variants: Sequence[Variant], settings: Sequence[str], options: Tree) -> None:
+    for what, values in (
+        ("methods", [variant.label for variant in variants]),
+        ("settings", list(settings)),
+    ):
+        if not values:
+            raise FedrotError(f"--{what} must name at least one")
+        if twice := next((v for v in values if values.count(v) > 1), None):
+            raise FedrotError(f"--{what} names {twice} twice")
+    for key in flatten({"method": options.get("method", {})}):
+        if not any(key == "method.name" or _has(v, key) for v in variants):
+            raise FedrotError(f"none of the compared methods has the option {key!r}")
+
+
+def _has(variant: Variant, key: str) -> bool:
+    kind = METHODS[variant.options["name"]]
+    return key.removeprefix("method.") in {f.name for f in dataclasses.fields(kind)}
+
+
+def _config(options: Tree, setting: str, variant: Variant, seed: int) -> Config:
+    """Common method options reach the methods that have them; a variant's own options win."""
+    common = options.get("method", {})
+    common = {key: value for key, value in common.items() if _has(variant, f"method.{key}")}
+    rest = {key: value for key, value in options.items() if key != "method"}
+    method = {"method": merge(common, variant.options)}
+    return load(rest, {"setting": setting, "seed": seed}, method)
+
+
+def _with_clients_alone(groups: Sequence[Group]) -> list[Group]:
+    """Per setting a last line with the mean single client, where clients were evaluated."""
+    out: list[Group] = []
+    for setting in dict.fromkeys(group.setting for group in groups):
+        mine = [group for group in groups if group.setting == setting]
+        alone = clients_alone(mine[0])
+        out += [*mine, *([alone] if alone else [])]
+    return out
+
+
+def _summary(result: Comparison) -> dict[str, Any]:
+    """What ``summary.json`` holds: mean, std and values of every group."""
+    rows = []
+    for group in result.groups:
+        row: dict[str, Any] = {"setting": group.setting, "synthetic": group.synthetic}
+        row["method"] = group.method
+        for key in ("accuracy", "aggregation_error", "aggregation_error_plain", "rotation_angle"):
+            if (found := mean_std(group.values(key))) is not None:
+                row[key] = {"mean": found[0], "std": found[1], "values": group.values(key)}
+        if (difference := result.difference(group)) is not None:
+            row["accuracy_difference"] = {"mean": difference[0], "std": difference[1]}
+        rows.append({**row, "runs": [str(folder) for folder in group.folders]})
+    return {"task": result.task, "seeds": list(result.seeds), "groups": rows}

@@ -1,0 +1,128 @@
+"""The folder of one run, ``runs/<name>/``.
+
+config.yaml             the resolved configuration
+metrics.jsonl           a line a round
+checkpoint.safetensors  while the run is unfinished
+clients/client-00/ ...  the uploads as PEFT adapters (one-shot)
+adapter/                the global adapter as PEFT folder
+*.png, report.html
+summary.json            last: it marks the run as finished
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedrot.errors import FedrotError
+from fedrot.files import write_json, write_text
+from fedrot.options import Tree, first_difference
+
+Row = dict[str, Any]
+
+OWN = ("config.yaml", "metrics.jsonl", "checkpoint.safetensors", "summary.json", "report.html")
+OWN_FOLDERS = ("adapter", "clients")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Names and small files of a run folder."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    def client(self, index: int) -> Path:
+        return self.path / "clients" / f"client-{index:02d}"
+
+    def clients(self) -> list[Path]:
+        return sorted((self.path / "clients").glob("client-*"))
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").is_file()
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the summary and drop the checkpoint: nothing is left to continue."""
+        write_json(self.path / "summary.json", summary)
+        self.checkpoint.unlink(missing_ok=True)
+
+    def rows(self) -> list[Row]:
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        return [json.loads(line) for line in lines]
+
+    def write_rows(self, rows: list[Row]) -> None:
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        write_text(self.path / "metrics.jsonl", text)
+
+
+def open_run(path: Path, config: Tree, *, resume: bool = False, force: bool = False) -> RunDir:
+    """The folder of a new run, or of one to continue (``resume``) or to replace (``force``).
+
+    Raises:
+        FedrotError: the folder holds something else, a run that neither flag allows to touch, or
+            a run to continue with another configuration (the first differing key is named).
+    """
+    run = RunDir(path)
+    if path.exists() and not path.is_dir():
+        raise FedrotError(f"{path} is not a folder")
+    if not path.is_dir() or not any(path.iterdir()):
+        path.mkdir(parents=True, exist_ok=True)
+        _write_config(path, config)
+    elif not (path / "config.yaml").is_file():
+        raise FedrotError(f"{path} is not empty and not a run; choose another --name or --out")
+    elif force:
+        _clear(path)
+        _write_config(path, config)
+    elif resume:
+        _same_config(path, config)
+    elif run.finished:
+        raise FedrotError(f"{path} holds a finished run; --force replaces it")
+    else:
+        raise FedrotError(
+            f"{path} holds an unfinished run; --resume continues it, --force replaces it"
+        )
+    return run
+
+
+def _write_config(path: Path, config: Tree) -> None:
+    write_text(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+
+def _clear(path: Path) -> None:
+    """Remove what a run writes, and nothing else."""
+    (path / "summary.json").unlink(missing_ok=True)  # first: from here on it is unfinished
+    for folder in OWN_FOLDERS:
+        shutil.rmtree(path / folder, ignore_errors=True)
+    for file in [*(path / name for name in OWN if name != "config.yaml"), *path.glob("*.png")]:
+        file.unlink(missing_ok=True)
+
+
+def _same_config(path: Path, config: Tree) -> None:
+    try:
+        stored = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        stored = None
+    if not isinstance(stored, dict):
+        raise FedrotError(f"{path / 'config.yaml'} is corrupt; --force starts the run again")
+    if difference := first_difference(stored, config):
+        key, before, now = difference
+        raise FedrotError(
+            f"{path} was started with {key}={before}, now it is {now}; "
+            "give the same configuration to --resume, or --force to start again"
+        )

@@ -1,0 +1,185 @@
+"""Handwritten digits: a small ViT that knows 0-4 learns 5-9.
+
+Real data (the UCI digits that scikit-learn bundles, 8 x 8 pixels), so it needs no download. The
+ViT is pre-trained centrally on the digits 0-4 and kept in the cache folder; the federation
+adapts it by LoRA to 5-9 under a new random head, shared by all clients and frozen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+from fedrot.options import option
+from fedrot.tasks.base import Batch, TaskData, Track, no_progress
+
+ARCHITECTURE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 8,
+    "patch_size": [2, 4],
+    "num_channels": 1,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "num_labels": 5,
+    "problem_type": "single_label_classification",
+    "attn_implementation": "eager",  # vmap needs attention in plain operations
+}
+FORMAT = 1  # of the cache; a change of the code that makes the base model changes it
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Options of the task. ``pretrain_*``: central training on 0-4 (AdamW, one-cycle rate)."""
+
+    title: ClassVar[str] = "digits: a ViT pre-trained on 0-4 learns 5-9"
+
+    pretrain_steps: int = option(500, at_least=1)
+    pretrain_batch: int = option(64, at_least=1)
+    pretrain_lr: float = option(3e-3, above=0)
+    pretrain_seed: int = option(0, at_least=0, below=2**32)
+    test_fraction: float = option(0.2, above=0, below=1)
+
+    def prepare(self, seed: int, track: Track = no_progress) -> TaskData:
+        base = self._base(seed, track)
+        train, test = _split(range(5, 10), self.test_fraction, seed)
+        facts = json.loads((base / "pretraining.json").read_text())
+        return TaskData(base, train, test, train["labels"], facts)
+
+    def load_model(self, base: Path) -> nn.Module:
+        from transformers import ViTForImageClassification
+
+        with _quiet():
+            model = ViTForImageClassification.from_pretrained(
+                base, attn_implementation=ARCHITECTURE["attn_implementation"]
+            )
+        return model.eval().requires_grad_(False)
+
+    def lora_targets(self, model: nn.Module) -> list[str]:
+        # Query and value; transformers 5 renamed them.
+        ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        return sorted(ends & {"query", "value", "q_proj", "v_proj"})
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        out = model(**batch)
+        hits = out.logits.argmax(-1) == batch["labels"]
+        return {"accuracy": float(hits.double().mean()), "loss": float(out.loss)}
+
+    def _base(self, seed: int, track: Track) -> Path:
+        """The cached folder with the pre-trained model under the random head of ``seed``."""
+        pretrained = _cached({**self._key(), "part": "pretrained"}, lambda: self._pretrain(track))
+
+        def with_head() -> tuple[nn.Module, dict[str, Any]]:
+            model = self.load_model(pretrained)
+            _new_head(model, seed)
+            return model, json.loads((pretrained / "pretraining.json").read_text())
+
+        return _cached({**self._key(), "part": "base", "head_seed": seed}, with_head)
+
+    def _key(self) -> dict[str, Any]:
+        """What the pre-trained model depends on."""
+        made_by = {name: version(name) for name in ("torch", "transformers")}
+        return {"format": FORMAT, "architecture": ARCHITECTURE, **made_by, **asdict(self)}
+
+    def _pretrain(self, track: Track) -> tuple[nn.Module, dict[str, Any]]:
+        from transformers import ViTConfig, ViTForImageClassification
+
+        train, test = _split(range(5), self.test_fraction, self.pretrain_seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.pretrain_seed)
+            model = ViTForImageClassification(ViTConfig(**ARCHITECTURE))
+            optimizer = torch.optim.AdamW(model.parameters(), lr=self.pretrain_lr)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, self.pretrain_lr, total_steps=self.pretrain_steps
+            )
+            model.train()
+            for _ in track(range(self.pretrain_steps), "pre-training (once, cached)"):
+                rows = torch.randint(len(train["labels"]), (self.pretrain_batch,))
+                optimizer.zero_grad()
+                model(**{key: value[rows] for key, value in train.items()}).loss.backward()
+                optimizer.step()
+                schedule.step()
+        accuracy = self.evaluate(model.eval(), test)["accuracy"]
+        return model, {"pretrained_accuracy": accuracy, "pretrained_on": "digits 0-4"}
+
+
+def cache_folder() -> Path:
+    """``$FEDROT_CACHE``, or ``~/.cache/fedrot``."""
+    return Path(os.environ.get("FEDROT_CACHE") or Path.home() / ".cache" / "fedrot")
+
+
+def _split(digits: range, test_fraction: float, seed: int) -> tuple[Batch, Batch]:
+    """Stratified train and test part of some digits, as arguments of the model."""
+    data = load_digits()
+    wanted = (data.target >= digits.start) & (data.target < digits.stop)
+    images = torch.from_numpy(data.images[wanted]).float().div(16).unsqueeze(1)
+    labels = torch.from_numpy(data.target[wanted]).long() - digits.start
+    train, test = train_test_split(
+        torch.arange(len(labels)).numpy(),
+        test_size=test_fraction,
+        stratify=labels.numpy(),
+        random_state=seed,
+    )
+    rows: list[Tensor] = [torch.from_numpy(part) for part in (train, test)]
+    first, second = ({"pixel_values": images[r], "labels": labels[r]} for r in rows)
+    return first, second
+
+
+def _new_head(model: nn.Module, seed: int) -> None:
+    """A head for classes that the model has not seen, drawn as ``nn.Linear`` draws its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.classifier.reset_parameters()  # type: ignore[operator,union-attr]
+
+
+def _cached(key: dict[str, Any], make: Any) -> Path:
+    """The transformers folder of ``key``, made where it is missing, whole or not at all."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder() / f"digits-{key['part']}-{digest}"
+    if folder.is_dir():
+        return folder
+    model, facts = make()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+    try:
+        with _quiet():
+            model.save_pretrained(fresh)
+        (fresh / "pretraining.json").write_text(json.dumps({**facts, "key": key}, indent=2) + "\n")
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars for a model of 80 kB."""
+    from transformers.utils import logging as transformers_logging
+
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
