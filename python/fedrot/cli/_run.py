@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import functools
+import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import typer
+
+
+def program() -> str:
+    """How to call this program again: ``fedrot``, or its path where it is not on ``PATH``."""
+    return "fedrot" if shutil.which("fedrot") else shlex.quote(sys.argv[0])
 
 
 def user_errors(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedrot.cli._progress import progress
-from fedrot.cli._run import user_errors
+from fedrot.cli._run import program, user_errors
 
 if TYPE_CHECKING:
     from fedrot.report.results import Comparison
@@ -57,7 +57,7 @@ def compare(
             track=track,
         )
     if not quiet:
-        _print_result(result, out, comparison.merge_command(result))
+        _print_result(result, out, comparison.merge_command(result, program()))
 
 
 def _listed(text: str) -> list[str]:

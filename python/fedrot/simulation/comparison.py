@@ -90,7 +90,7 @@ def compare(
     return result
 
 
-def merge_command(result: Comparison) -> str | None:
+def merge_command(result: Comparison, program: str = "fedrot") -> str | None:
     """The line that merges the clients of the last method's first one-shot run once more."""
     for group in reversed(result.groups):
         if group.folders and RunDir(group.folders[0]).clients():
@@ -98,7 +98,7 @@ def merge_command(result: Comparison) -> str | None:
             method = read_yaml(path / "config.yaml")["method"]
             folder = shlex.quote(str(path))
             options = _aggregate_options(method)
-            return f"fedrot aggregate {folder}/clients/client-* {options} -o {folder}/merged"
+            return f"{program} aggregate {folder}/clients/client-* {options} -o {folder}/merged"
     return None
 
 
