@@ -180,6 +180,9 @@ def check_finite(
                 )
 
 
+OVERFLOW = "the result overflows its dtype; scale the factors down or use a wider dtype"
+
+
 def _check_weights(weights: Tensor, clients: int, device: torch.device) -> None:
     if weights.dim() != 1 or weights.shape[0] != clients:
         raise ValueError(

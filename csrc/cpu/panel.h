@@ -162,7 +162,8 @@ inline void load_positions(Side side, DType dtype, const Matrix& m, int rank, st
     for (int p = rank; p < ld; ++p) panel[t * ld + p] = 0;
 }
 
-// The inverse of load_panel. Returns whether every value was finite.
+// The inverse of load_panel. Returns whether every stored value is finite: a finite sum may still
+// overflow the narrower type that it is rounded to.
 template <class Acc>
 inline bool store_panel(Side side, DType dtype, const Matrix& m, int rank, std::int64_t begin,
                         int count, const Acc* panel, int ld) {
@@ -171,19 +172,18 @@ inline bool store_panel(Side side, DType dtype, const Matrix& m, int rank, std::
     using T = std::remove_pointer_t<decltype(type)>;
     T* data = static_cast<T*>(m.data);
     const std::int64_t stride = m.row_stride;
+    auto put = [&](int p, int t, T& out) {
+      narrow(panel[p * ld + t], out);
+      zero += Acc(widen(out)) * 0;
+    };
     if (side == Side::A) {
-      for (int p = 0; p < rank; ++p) {
-        T* row = data + p * stride + begin;
-        for (int t = 0; t < count; ++t) narrow(panel[p * ld + t], row[t]);
-      }
+      for (int p = 0; p < rank; ++p)
+        for (int t = 0; t < count; ++t) put(p, t, data[p * stride + begin + t]);
     } else {
-      T* rows = data + begin * stride;
       for (int t = 0; t < count; ++t)
-        for (int p = 0; p < rank; ++p) narrow(panel[p * ld + t], rows[t * stride + p]);
+        for (int p = 0; p < rank; ++p) put(p, t, data[(begin + t) * stride + p]);
     }
   });
-  for (int p = 0; p < rank; ++p)
-    for (int t = 0; t < count; ++t) zero += panel[p * ld + t] * 0;
   return zero == 0;
 }
 

@@ -11,6 +11,7 @@ from fedrot_kernels.native import load
 from fedrot_kernels.ops import (
     ALIGN_MODES,
     DTYPES,
+    OVERFLOW,
     Problem,
     accumulate_dtype,
     check,
@@ -45,7 +46,7 @@ def _call(problem: Problem, factors: list[list[Tensor]], weights, lam, align, pr
 
 def _raise_non_finite(lora_A, lora_B, ref_A, ref_B) -> None:
     check_finite(lora_A, lora_B, ref_A, ref_B)
-    raise ValueError("the result overflows its dtype; scale the factors down or pass float64")
+    raise ValueError(OVERFLOW)
 
 
 def align_aggregate(

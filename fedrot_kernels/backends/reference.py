@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedrot_kernels.ops import (
+    OVERFLOW,
     accumulate_dtype,
     check,
     check_finite,
@@ -124,10 +125,11 @@ def align_aggregate(
         client, layer = divmod(index, problem.layers)
         out_A[layer] += w[client] * (R.T @ client_A[index])
         out_B[layer] += w[client] * (client_B[index] @ R)
-    return (
-        [A.to(problem.device, problem.out_dtype) for A in out_A],
-        [B.to(problem.device, problem.out_dtype) for B in out_B],
-    )
+    A = [t.to(problem.out_dtype) for t in out_A]
+    B = [t.to(problem.out_dtype) for t in out_B]
+    if not all(bool(torch.isfinite(t).all()) for t in [*A, *B]):
+        raise ValueError(OVERFLOW)
+    return [t.to(problem.device) for t in A], [t.to(problem.device) for t in B]
 
 
 def polar(M: Tensor, *, proper: bool = False) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from problems import assert_close, planted
 from torch.library import opcheck
 
+from fedrot_kernels.backends import reference
+
 op = torch.ops.fedrot
 SHAPES = [(9, 14, 4), (31, 8, 2)]
 
@@ -242,6 +244,15 @@ def test_non_finite_reference_and_matrix():
     M[3, 0, 0] = float("inf")
     with pytest.raises(ValueError, match="matrix 3"):
         op.polar(M)
+
+
+def test_overflow_of_the_output_dtype():
+    """The sum fits into float32, the float16 of the reference does not hold it."""
+    big, ref = torch.full((1, 4), 1e5), torch.ones(1, 4, dtype=torch.float16)
+    with pytest.raises(ValueError, match="overflows"):
+        op.align_aggregate([big], [big.T], [ref], [ref.T])
+    with pytest.raises(ValueError, match="overflows"):
+        reference.align_aggregate([big], [big.T], [ref], [ref.T])
 
 
 def test_overflow_is_told_apart():

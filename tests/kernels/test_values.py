@@ -188,6 +188,20 @@ def test_rank_deficient_polar(n, rank, proper, dtype):
         torch.testing.assert_close(R, U @ Vh, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("ones", [[(0, 1)], [(0, 1), (1, 2)], [(0, 0)], [(0, 1), (1, 0)]])
+def test_proper_where_the_null_spaces_do_not_meet(ones, dtype):
+    """U_2^T V_2 may be zero or keep M's determinant from being +1: proper still holds."""
+    M = torch.zeros(3, 3, dtype=dtype)
+    for i, j in ones:
+        M[i, j] = 1.0
+    for backend in (op, reference):
+        R = backend.polar(M, proper=True)
+        torch.testing.assert_close(R @ R.T, torch.eye(3, dtype=dtype))
+        assert float(torch.linalg.det(R)) == pytest.approx(1)
+        assert float((R * M).sum()) == pytest.approx(len(ones))
+
+
 def test_zero_reference_gives_identity():
     inputs = planted(2, ragged(4))
     inputs.ref_A[:] = [0 * A for A in inputs.ref_A]
