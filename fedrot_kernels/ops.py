@@ -155,32 +155,28 @@ def check_weight_values(weights: Tensor | None, clients: int) -> list[float]:
     return [v / largest / total for v in values]
 
 
-def check_finite(
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    ref_A: Sequence[Tensor],
-    ref_B: Sequence[Tensor],
-) -> None:
-    """Name the first tensor that holds a non-finite value; reads every tensor.
+def check_finite(layers: int, **arguments: Sequence[Tensor]) -> None:
+    """Name the first tensor that holds a non-finite value; reads every tensor given.
+
+    ``arguments`` are any of ``lora_A``, ``lora_B`` (client-major) and ``ref_A``, ``ref_B``.
 
     Raises:
         ValueError: a value is NaN or infinite.
     """
-    layers = len(ref_A)
-    for name, tensors in (("ref_A", ref_A), ("ref_B", ref_B)):
-        for layer, t in enumerate(tensors):
-            if not bool(torch.isfinite(t).all()):
-                raise ValueError(f"{name} holds a non-finite value in layer {layer}")
-    for index in range(len(lora_A)):
-        for name, t in (("lora_A", lora_A[index]), ("lora_B", lora_B[index])):
+    for name, tensors in arguments.items():
+        for index, t in enumerate(tensors):
             if not bool(torch.isfinite(t).all()):
                 client, layer = divmod(index, layers)
-                raise ValueError(
-                    f"{name} holds a non-finite value for client {client}, layer {layer}"
-                )
+                where = f"layer {layer}"
+                if name.startswith("lora"):
+                    where = f"client {client}, {where}"
+                raise ValueError(f"{name} holds a non-finite value for {where}")
 
 
-OVERFLOW = "the result overflows its dtype; scale the factors down or use a wider dtype"
+OVERFLOW = (
+    "the cross-covariance or the result overflows its dtype; "
+    "scale the factors down or use a wider dtype"
+)
 
 
 def _check_weights(weights: Tensor, clients: int, device: torch.device) -> None:

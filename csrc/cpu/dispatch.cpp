@@ -22,13 +22,12 @@ FEDROT_DECLARE(avx512)
 namespace cpu {
 namespace {
 
-int level() {
+[[maybe_unused]] int level() {
   static const int chosen = [] {
     int best = 0;
 #if defined(FEDROT_X86_64)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
-      best = 1;
+    // No AVX2 processor lacks F16C, which older compilers cannot ask for.
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = 1;
     if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
       best = 2;

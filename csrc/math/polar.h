@@ -20,7 +20,8 @@ FEDROT_HD constexpr long workspace_size(int n) { return long(workspace_matrices)
 // M^-1 R = V S^-1 V^T, and squaring it k times is 2^k steps of inverse iteration.
 template <class T, class G>
 FEDROT_HD void flip_smallest(const G& g, int n, T* R, const T* inverse, T* P, T* Q, T* v) {
-  constexpr int max_squarings = 24;  // tells singular values apart down to a gap of one rounding
+  constexpr int max_squarings =
+      sizeof(T) == 4 ? 24 : 53;  // tells singular values apart down to a gap of one rounding
   multiply(g, n, n, n, inverse, n, R, n, Q, n);
   for (int step = 0; step <= max_squarings; ++step) {
     const T trace = g.template sum<T>(n, [=](int i) { return Q[i * n + i]; });
@@ -140,10 +141,10 @@ FEDROT_HD int orthogonal_decomposition(const G& g, int m, T* X, T scale, T toler
 template <class T, class G>
 FEDROT_HD void normalize(const G& g, int count, T* X) {
   const int at = g.argmax(0, count, [=](int e) { return magnitude(X[e]); });
-  const T scale = 1 / magnitude(X[at]);
+  const T largest = magnitude(X[at]);
   g.sync();
-  if (!(scale > 0) || scale * 0 != 0) return;  // zero, denormal or not finite
-  g.each(count, [=](int e) { X[e] *= scale; });
+  if (!(largest > 0) || largest * 0 != 0) return;  // zero or not finite
+  g.each(count, [=](int e) { X[e] /= largest; });  // 1 / largest may overflow
   g.sync();
 }
 

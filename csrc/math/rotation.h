@@ -18,7 +18,8 @@ FEDROT_HD void rotation(const G& g, int n, T* M, T lam, bool proper, T* work, in
   g.each(n, n, [=](int i, int j) { M[i * n + j] = lam * M[i * n + j] + (i == j) * (1 - lam); });
   g.sync();
   // At lam = 1/2 an eigenvalue -1 of R* leaves a zero as small as R*'s own rounding.
-  polar(g, n, M, 0, T(1), 32 * eps, work, pivots);
+  // A rotation has these in pairs, and stays a rotation.
+  polar(g, n, M, proper ? 1 : 0, T(1), 32 * eps, work, pivots);
 }
 
 }  // namespace FEDROT_ISA

@@ -44,9 +44,30 @@ def _call(problem: Problem, factors: list[list[Tensor]], weights, lam, align, pr
     )
 
 
-def _raise_non_finite(lora_A, lora_B, ref_A, ref_B) -> None:
-    check_finite(lora_A, lora_B, ref_A, ref_B)
-    raise ValueError(OVERFLOW)
+def _check_values(
+    problem: Problem,
+    factors: list[list[Tensor]],
+    lam: float,
+    align: str,
+    *,
+    averaged: bool,
+    fine: bool,
+) -> None:
+    """Non-finite input is an error. ``fine`` is the kernels' word on what they read, so only the
+    rest is looked at here: of the client factors, where they are not averaged (``averaged``
+    is False), and of the reference, what no covariance was made from."""
+    names = {"lora_A", "lora_B", "ref_A", "ref_B"}
+    if fine:
+        for side in ("A", "B"):
+            covariance = lam > 0 and align in (side, "joint")
+            if covariance:
+                names.discard(f"ref_{side}")
+            if covariance or averaged:
+                names.discard(f"lora_{side}")
+    given = dict(zip(("lora_A", "lora_B", "ref_A", "ref_B"), factors, strict=True))
+    check_finite(problem.layers, **{name: t for name, t in given.items() if name in names})
+    if not fine:
+        raise ValueError(OVERFLOW)
 
 
 def align_aggregate(
@@ -55,9 +76,15 @@ def align_aggregate(
     problem = check(lora_A, lora_B, ref_A, ref_B, weights, lam, align)
     w = check_weight_values(weights, problem.clients)
     factors = [_rows_contiguous(t) for t in (lora_A, lora_B, ref_A, ref_B)]
-    A = [torch.empty(r, k, dtype=problem.out_dtype) for _, k, r in problem.shapes]
-    B = [torch.empty(d, r, dtype=problem.out_dtype) for d, _, r in problem.shapes]
-    finite = _cpu.align_aggregate(
+    A = [
+        torch.empty(r, k, dtype=problem.out_dtype, device=problem.device)
+        for _, k, r in problem.shapes
+    ]
+    B = [
+        torch.empty(d, r, dtype=problem.out_dtype, device=problem.device)
+        for d, _, r in problem.shapes
+    ]
+    fine = _cpu.align_aggregate(
         _call(problem, factors, w, lam, align, proper),
         [t.data_ptr() for t in A],
         [t.stride(0) for t in A],
@@ -65,8 +92,7 @@ def align_aggregate(
         [t.stride(0) for t in B],
         torch.get_num_threads(),
     )
-    if not finite:
-        _raise_non_finite(*factors)
+    _check_values(problem, factors, lam, align, averaged=True, fine=fine)
     return A, B
 
 
@@ -75,12 +101,17 @@ def align(lora_A, lora_B, ref_A, ref_B, *, lam=0.4, align="joint", proper=True) 
     w = check_weight_values(None, problem.clients)
     factors = [_rows_contiguous(t) for t in (lora_A, lora_B, ref_A, ref_B)]
     rotations = [
-        torch.empty(r_i, problem.shapes[i % problem.layers][2], dtype=problem.compute_dtype)
+        torch.empty(
+            r_i,
+            problem.shapes[i % problem.layers][2],
+            dtype=problem.compute_dtype,
+            device=problem.device,
+        )
         for i, r_i in enumerate(problem.ranks)
     ]
     call = _call(problem, factors, w, lam, align, proper)
-    if not _cpu.align(call, [R.data_ptr() for R in rotations], torch.get_num_threads()):
-        _raise_non_finite(*factors)
+    fine = _cpu.align(call, [R.data_ptr() for R in rotations], torch.get_num_threads())
+    _check_values(problem, factors, lam, align, averaged=False, fine=fine)
     return rotations
 
 
@@ -89,7 +120,7 @@ def polar(M: Tensor, *, proper: bool = False) -> Tensor:
     dtype = accumulate_dtype(M.dtype)
     m, n = M.shape[-2:]
     matrices = M.to(dtype).contiguous()
-    out = torch.empty(M.shape, dtype=dtype)
+    out = torch.empty(M.shape, dtype=dtype, device=M.device)
     bad = _cpu.polar(
         matrices.data_ptr(),
         out.data_ptr(),

@@ -66,12 +66,16 @@ def _polar(M: Tensor, scale: float | None, det: int, eps: float) -> Tensor:
     return U @ middle @ Vh
 
 
-def soften(R: Tensor, lam: float, eps: float) -> Tensor:
-    """``polar((1 - lam) I + lam R)`` of square ``R``; an eigenvalue -1 at ``lam = 1/2`` -> +1."""
+def soften(R: Tensor, lam: float, proper: bool, eps: float) -> Tensor:
+    """``polar((1 - lam) I + lam R)`` of square ``R``; an eigenvalue -1 at ``lam = 1/2`` -> +1.
+
+    A rotation (``proper``) has such eigenvalues in pairs, and stays a rotation.
+    """
     if lam == 1.0:
         return R
     n = R.shape[0]
-    return _polar((1.0 - lam) * torch.eye(n, dtype=R.dtype) + lam * R, 1.0, 0, 32 * eps)
+    mixed = (1.0 - lam) * torch.eye(n, dtype=R.dtype) + lam * R
+    return _polar(mixed, 1.0, 1 if proper else 0, 32 * eps)
 
 
 def rotation(M: Tensor, lam: float, proper: bool, eps: float) -> Tensor:
@@ -79,7 +83,7 @@ def rotation(M: Tensor, lam: float, proper: bool, eps: float) -> Tensor:
     r_i, r = M.shape
     square = torch.zeros(r, r, dtype=M.dtype)
     square[:r_i] = M
-    return soften(procrustes(square, proper, eps), lam, eps)[:r_i]
+    return soften(procrustes(square, proper, eps), lam, proper, eps)[:r_i]
 
 
 def _float64(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -101,7 +105,7 @@ def _rotations(
 
 def align(lora_A, lora_B, ref_A, ref_B, *, lam=0.4, align="joint", proper=True) -> list[Tensor]:
     problem = check(lora_A, lora_B, ref_A, ref_B, None, lam, align)
-    check_finite(lora_A, lora_B, ref_A, ref_B)
+    check_finite(problem.layers, lora_A=lora_A, lora_B=lora_B, ref_A=ref_A, ref_B=ref_B)
     eps = torch.finfo(problem.compute_dtype).eps
     factors = [_float64(t) for t in (lora_A, lora_B, ref_A, ref_B)]
     rotations = _rotations(factors, lam, align, proper, eps)
@@ -113,7 +117,7 @@ def align_aggregate(
 ) -> tuple[list[Tensor], list[Tensor]]:
     problem = check(lora_A, lora_B, ref_A, ref_B, weights, lam, align)
     w = check_weight_values(weights, problem.clients)
-    check_finite(lora_A, lora_B, ref_A, ref_B)
+    check_finite(problem.layers, lora_A=lora_A, lora_B=lora_B, ref_A=ref_A, ref_B=ref_B)
     eps = torch.finfo(problem.compute_dtype).eps
     factors = [_float64(t) for t in (lora_A, lora_B, ref_A, ref_B)]
     client_A, client_B = factors[:2]

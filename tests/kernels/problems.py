@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+import fedrot_kernels  # noqa: F401  (registers torch.ops.fedrot)
+
 # Relative to the largest entry of the expected tensor. Outputs are rounded once to their dtype;
 # rotations are float32 (float64) and as accurate as the smallest gap of M lets them be.
 OUTPUT_TOLERANCE = {

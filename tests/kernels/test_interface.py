@@ -123,6 +123,13 @@ def test_bit_identical_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_largest_weights():
+    inputs = planted(2, SHAPES)
+    expected, _ = op.align_aggregate(*inputs)
+    actual, _ = op.align_aggregate(*inputs, torch.tensor([1e308, 1e308], dtype=torch.float64))
+    assert_close(actual, expected, 0.0)
+
+
 def test_calls_from_several_threads():
     from concurrent.futures import ThreadPoolExecutor
 
@@ -231,14 +238,20 @@ def test_bad_dtypes():
 def test_non_finite_values_name_client_and_layer(name, align, value):
     given = arguments(align=align, weights=None)
     given[name][3][0, 0] = value
-    with pytest.raises(ValueError, match=f"{name} holds a non-finite value for client 1, layer 1"):
-        op.align_aggregate(**given)
+    message = f"{name} holds a non-finite value for client 1, layer 1"
+    inputs = [given[key] for key in ("lora_A", "lora_B", "ref_A", "ref_B")]
+    for lam in (0.0, 0.4):  # at 0 and in the other factor, values that no rotation needs
+        for backend in (op, reference):
+            with pytest.raises(ValueError, match=message):
+                backend.align_aggregate(*inputs, lam=lam, align=align)
+            with pytest.raises(ValueError, match=message):
+                backend.align(*inputs, lam=lam, align=align)
 
 
 def test_non_finite_reference_and_matrix():
-    given = arguments()
+    given = arguments(lam=0.0, align="A")
     given["ref_B"][1][0, 0] = float("nan")
-    with pytest.raises(ValueError, match="ref_B holds a non-finite value in layer 1"):
+    with pytest.raises(ValueError, match="ref_B holds a non-finite value for layer 1"):
         op.align_aggregate(**given)
     M = torch.eye(3).repeat(5, 1, 1)
     M[3, 0, 0] = float("inf")
