@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -14,7 +15,10 @@ import typer
 
 def program() -> str:
     """How to call this program again: ``fedrot``, or its path where it is not on ``PATH``."""
-    return "fedrot" if shutil.which("fedrot") else shlex.quote(sys.argv[0])
+    called = Path(sys.argv[0])
+    if called.name != "fedrot" or shutil.which("fedrot"):
+        return "fedrot"
+    return shlex.quote(str(called))
 
 
 def user_errors(command: Callable[..., Any]) -> Callable[..., Any]:
