@@ -25,20 +25,33 @@ def new_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill; it replaces ``path`` when the block ends without an error."""
+    path = path.absolute()
     fresh = path.with_name(f".{path.name}.new-{os.getpid()}")
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
         yield fresh
-        if path.exists():
-            old = path.with_name(f".{path.name}.old-{os.getpid()}")
-            path.rename(old)
-            fresh.rename(path)
-            shutil.rmtree(old)
-        else:
-            fresh.rename(path)
+        # safetensors makes its files private; these are as readable as any new file.
+        for file in (f for f in fresh.iterdir() if f.is_file()):
+            file.chmod(fresh.stat().st_mode & 0o666)
+        _swap_in(fresh, path, old)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap_in(fresh: Path, path: Path, old: Path) -> None:
+    """Put ``fresh`` in the place of ``path``, which waits as ``old`` until that has worked."""
+    if not path.exists():
+        fresh.rename(path)
+        return
+    path.rename(old)
+    try:
+        fresh.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

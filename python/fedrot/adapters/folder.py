@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from fedrot.adapters.config import Config, check_config
 from fedrot.adapters.layers import StateKeys, sort_keys
 from fedrot.errors import FedrotError
+from fedrot.files import new_folder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -75,21 +75,10 @@ def write_adapter(
 
     It is written next to `output` and renamed; an old `output` goes once the new one is there.
     """
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    fresh = output.with_name(f".{output.name}.new-{os.getpid()}")
-    old = output.with_name(f".{output.name}.old-{os.getpid()}")
-    try:
-        fresh.mkdir()
+    with new_folder(output) as fresh:
         save_file(dict(tensors), fresh / WEIGHTS, metadata={"format": "pt"})
         (fresh / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        # safetensors makes its file private; the adapter is as readable as any new file.
-        (fresh / WEIGHTS).chmod((fresh / CONFIG).stat().st_mode)
         (fresh / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
-        _swap_in(fresh, output, old)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def digests(path: Path) -> dict[str, str]:
@@ -97,18 +86,6 @@ def digests(path: Path) -> dict[str, str]:
     return {
         name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in (CONFIG, WEIGHTS)
     }
-
-
-def _swap_in(fresh: Path, output: Path, old: Path) -> None:
-    if not output.exists():
-        fresh.rename(output)
-        return
-    output.rename(old)
-    try:
-        fresh.rename(output)
-    except BaseException:
-        old.rename(output)
-        raise
 
 
 def _read_config(path: Path) -> Config:
