@@ -17,10 +17,10 @@ inline int tile_length(int r) { return r <= 128 ? 512 : 256; }
 
 // X panel, reference panel and r^2 accumulators, or the workspace of the r x r mathematics with
 // the pivots behind it.
-inline std::size_t scratch_size(int r) {
+template <class Acc>
+std::size_t scratch_size(int r) {
   // A position-major reference panel has its rows padded to whole vectors.
-  const std::size_t panels =
-      std::size_t(2 * r + 2 * vector_bytes) * tile_length(r) + std::size_t(r) * r;
+  const std::size_t panels = std::size_t(r + padded<Acc>(r)) * tile_length(r) + std::size_t(r) * r;
   return std::max<std::size_t>(panels, workspace_size(r) + r) + 2 * vector_bytes;
 }
 
@@ -197,8 +197,8 @@ bool apply(const Problem& problem, int layer, int side_index, std::int64_t tile,
 
 template <class Acc>
 const cpu::Kernels<Acc>& table() {
-  static const cpu::Kernels<Acc> entries{scratch_size, covariance<Acc>, rotation<Acc>,
-                                         polar<Acc>,   apply<Acc>,      tile_length};
+  static const cpu::Kernels<Acc> entries{scratch_size<Acc>, covariance<Acc>, rotation<Acc>,
+                                         polar<Acc>,        apply<Acc>,      tile_length};
   return entries;
 }
 
