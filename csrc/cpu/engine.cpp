@@ -97,9 +97,8 @@ class Engine {
       Acc* M = R_.data() + (offsets_[layer] - offsets_[begin]) + first * square(layer);
       // lam = 0 leaves every client as it is: no covariance is needed.
       if (problem_.lam > 0) kernels_.covariance(problem_, layer, first, last, M, scratch(thread));
-      for (int i = first; i < last; ++i, M += square(layer))
-        if (!kernels_.rotation(r, M, problem_.lam, problem_.proper, scratch(thread)))
-          finite_ = false;
+      if (!kernels_.rotations(r, last - first, M, problem_.lam, problem_.proper, scratch(thread)))
+        finite_ = false;
     });
   }
 
@@ -133,22 +132,24 @@ class Engine {
 template <class Acc>
 long polar_batch(const Acc* M, Acc* out, long batch, int m, int n, bool proper, int threads) {
   const Kernels<Acc>& table = kernels<Acc>();
-  const std::size_t square = std::size_t(n) * n, scratch_size = table.scratch_size(n);
-  std::vector<Acc> scratch((scratch_size + square) * threads);
+  constexpr int block = 16;  // matrices a unit
+  const std::size_t square = std::size_t(n) * n, given = std::size_t(m) * n;
+  const std::size_t scratch_size = table.scratch_size(n) + block * square;
+  std::vector<Acc> scratch(scratch_size * threads);
   std::atomic<long> bad{batch};
-  constexpr int block = 16;
   const int units = int((batch + block - 1) / block);
   parallel_for(units, threads, [&](int unit, int thread) {
-    Acc* X = scratch.data() + (scratch_size + square) * thread;
-    const std::size_t count = std::size_t(m) * n;
-    for (long b = long(unit) * block; b < std::min<long>(batch, long(unit + 1) * block); ++b) {
-      std::copy_n(M + b * count, count, X);
-      std::fill(X + count, X + square, Acc(0));
-      if (!table.polar(n, X, proper, X + square))
-        for (long seen = bad; b < seen && !bad.compare_exchange_weak(seen, b);) {
-        }
-      std::copy_n(X, count, out + b * count);
+    Acc* X = scratch.data() + scratch_size * thread;
+    const long first = long(unit) * block, count = std::min<long>(block, batch - first);
+    for (long b = 0; b < count; ++b) {
+      std::copy_n(M + (first + b) * given, given, X + b * square);
+      std::fill(X + b * square + given, X + (b + 1) * square, Acc(0));
     }
+    const int at = table.polars(n, int(count), X, proper, X + block * square);
+    if (at >= 0)
+      for (long seen = bad; first + at < seen && !bad.compare_exchange_weak(seen, first + at);) {
+      }
+    for (long b = 0; b < count; ++b) std::copy_n(X + b * square, given, out + (first + b) * given);
   });
   return bad == batch ? -1 : long(bad);
 }
