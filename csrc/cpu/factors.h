@@ -1,169 +1,164 @@
-// The two passes over the factors: cross-covariance and weighted, rotated average, over panels
-// (panel.h) with register tiles.
+// The two passes over the factors: cross-covariance, and weighted, rotated average. Factors are
+// read as they lie in memory; only other types than the accumulator's, and the reference A where
+// the columns of M fill whole vectors, go through a panel.
 #pragma once
 
-#include <algorithm>
-#include <type_traits>
-
 #include "panel.h"
+#include "product.h"
+#include "small_rank.h"
 
 namespace fedrot {
 inline namespace FEDROT_ISA {
 
-// Long enough to amortise the horizontal sums at the end of each dot product, short enough that two
-// panels stay in the second-level cache. A multiple of every vector length.
-inline int tile_length(int r) { return r <= 128 ? 512 : 256; }
+template <class Acc>
+inline bool is_small(int r) {
+  return r <= small_rank<Acc>;
+}
 
-// Elements of scratch that covariance() and apply() need.
+// Positions at a time: what the inner loops read again and again stays in the first-level cache.
+inline int chunk_length(int r) {
+  constexpr int elements = 6144, shortest = 64, longest = 512;
+  return std::min(longest, std::max(shortest, elements / r / 16 * 16));
+}
+
+// Clients whose sums are kept in registers together.
+constexpr int client_group = 8;
+
+// The reference A has contiguous directions, not positions, unless the rank is small.
+template <class Acc>
+cpu::Reference<Acc> load_reference(const Problem& problem, int layer, Acc* panels, Acc* scratch) {
+  const Layer s = problem.shapes[layer];
+  const Matrix &A = problem.ref_A[layer], &B = problem.ref_B[layer];
+  cpu::Reference<Acc> reference{};
+  if (problem.align != Align::B) {
+    if (is_small<Acc>(s.r)) {
+      reference.A = block(Side::A, problem.ref_dtype, A, s.r, 0, int(s.k), panels);
+    } else {
+      for (std::int64_t at = 0; at < s.k; at += chunk_length(s.r)) {
+        const int count = int(std::min<std::int64_t>(chunk_length(s.r), s.k - at));
+        const Block<Acc> rows = block(Side::A, problem.ref_dtype, A, s.r, at, count, scratch);
+        transpose(s.r, count, rows.data, rows.direction, panels + at * s.r, s.r);
+      }
+      reference.A = {panels, 1, s.r};
+    }
+  }
+  if (problem.align != Align::A) {
+    panels += s.r * s.k;
+    reference.B =
+        is_small<Acc>(s.r)
+            ? Block<Acc>{packed_block(problem.ref_dtype, B, s.r, s.r, 0, int(s.d), panels), 1, s.r}
+            : block(Side::B, problem.ref_dtype, B, s.r, 0, int(s.d), panels);
+  }
+  return reference;
+}
+
+// Elements of scratch that load_reference(), covariance() and apply() need.
 template <class Acc>
 std::size_t panel_scratch(int r) {
-  // A position-major reference panel has its rows padded to whole vectors.
-  return std::size_t(r + padded<Acc>(r)) * tile_length(r) + std::size_t(r) * r;
+  const std::size_t chunk = std::size_t(r) * chunk_length(r);
+  return (client_group + 1) * chunk + (is_small<Acc>(r) ? std::size_t(r) * r * lanes<Acc> : 0);
 }
 
-// M[p][q] += sum_t X[p][t] Y[q][t] for a tile of P x Q entries; M has row stride ldm.
-template <int P, int Q, class Acc>
-inline void dot_tile(int count, const Acc* X, const Acc* Y, int ld, Acc* M, int ldm) {
-  Vector<Acc> sums[P][Q] = {};
-  for (int t = 0; t < count; t += lanes<Acc>) {
-    Vector<Acc> y[Q];
-    for (int q = 0; q < Q; ++q) y[q] = load(Y + q * ld + t);
-    for (int p = 0; p < P; ++p) {
-      const Vector<Acc> x = load(X + p * ld + t);
-      for (int q = 0; q < Q; ++q) sums[p][q] += x * y[q];
-    }
-  }
-  for (int p = 0; p < P; ++p)
-    for (int q = 0; q < Q; ++q) M[p * ldm + q] += horizontal_sum<Acc>(sums[p][q]);
-}
-
+// M (r, r) <- A_i A_ref^T + B_i^T B_ref or what `align` asks for; rows beyond the client's rank 0.
 template <class Acc>
-inline void dot_panels(int rows, int cols, int count, const Acc* X, const Acc* Y, int ld, Acc* M,
-                       int ldm) {
-  constexpr int Q = vector_bytes == 64 ? 4 : 2;  // accumulators fill half to all of the registers
-  int p = 0;
-  for (; p + 4 <= rows; p += 4) {
-    int q = 0;
-    for (; q + Q <= cols; q += Q)
-      dot_tile<4, Q>(count, X + p * ld, Y + q * ld, ld, M + p * ldm + q, ldm);
-    for (; q < cols; ++q) dot_tile<4, 1>(count, X + p * ld, Y + q * ld, ld, M + p * ldm + q, ldm);
-  }
-  for (; p < rows; ++p) {
-    int q = 0;
-    for (; q + Q <= cols; q += Q)
-      dot_tile<1, Q>(count, X + p * ld, Y + q * ld, ld, M + p * ldm + q, ldm);
-    for (; q < cols; ++q) dot_tile<1, 1>(count, X + p * ld, Y + q * ld, ld, M + p * ldm + q, ldm);
-  }
-}
-
-// M[p][q] += sum_t X[p][t] Y[t][q] for P rows and up to Q vectors of columns, cols of which are
-// real; Y is position-major with row stride ldy.
-template <int P, int Q, class Acc>
-inline void outer_tile(int cols, int count, const Acc* X, int ld, const Acc* Y, int ldy, Acc* M,
-                       int ldm) {
-  Vector<Acc> sums[P][Q] = {};
-  for (int t = 0; t < count; ++t) {
-    Vector<Acc> y[Q];
-    for (int q = 0; q < Q; ++q) y[q] = load(Y + t * ldy + q * lanes<Acc>);
-    for (int p = 0; p < P; ++p)
-      for (int q = 0; q < Q; ++q) sums[p][q] += X[p * ld + t] * y[q];
-  }
-  for (int p = 0; p < P; ++p) {
-    Acc row[Q * lanes<Acc>];
-    std::memcpy(row, sums[p], sizeof row);
-    for (int q = 0; q < cols; ++q) M[p * ldm + q] += row[q];
-  }
-}
-
-template <class Acc>
-inline void outer_panels(int rows, int cols, int count, const Acc* X, int ld, const Acc* Y, int ldy,
-                         Acc* M, int ldm) {
-  constexpr int P = vector_bytes == 64 ? 8 : 4, width = 2 * lanes<Acc>;
-  for (int q = 0; q < cols; q += width) {
-    const int real = std::min(width, cols - q);
-    int p = 0;
-    if (real > lanes<Acc>) {
-      for (; p + P <= rows; p += P)
-        outer_tile<P, 2>(real, count, X + p * ld, ld, Y + q, ldy, M + p * ldm + q, ldm);
-      for (; p < rows; ++p)
-        outer_tile<1, 2>(real, count, X + p * ld, ld, Y + q, ldy, M + p * ldm + q, ldm);
-    } else {
-      for (; p + P <= rows; p += P)
-        outer_tile<P, 1>(real, count, X + p * ld, ld, Y + q, ldy, M + p * ldm + q, ldm);
-      for (; p < rows; ++p)
-        outer_tile<1, 1>(real, count, X + p * ld, ld, Y + q, ldy, M + p * ldm + q, ldm);
-    }
-  }
-}
-
-template <class Acc>
-void covariance(const Problem& problem, int layer, int begin, int end, Acc* M, Acc* scratch) {
-  const Layer shape = problem.shapes[layer];
-  const int r = shape.r, ld = tile_length(r), ldy = padded<Acc>(r);
-  const bool outer = r >= lanes<Acc>;
-  Acc *X = scratch, *Y = scratch + r * ld;
-  std::fill(M, M + std::size_t(end - begin) * r * r, Acc(0));
-  for (const Side side : {Side::A, Side::B}) {
-    if (problem.align == (side == Side::A ? Align::B : Align::A)) continue;
-    const std::int64_t length = side == Side::A ? shape.k : shape.d;
-    const Matrix& reference = (side == Side::A ? problem.ref_A : problem.ref_B)[layer];
-    const Matrix* clients = side == Side::A ? problem.lora_A : problem.lora_B;
-    for (std::int64_t at = 0; at < length; at += ld) {
-      const int count = int(std::min<std::int64_t>(ld, length - at));
-      if (outer)
-        load_positions(side, problem.ref_dtype, reference, r, at, count, Y, ldy);
-      else
-        load_panel(side, problem.ref_dtype, reference, r, at, count, Y, ld);
-      for (int i = begin; i < end; ++i) {
-        const int index = i * problem.layers + layer, rank = problem.ranks[index];
-        load_panel(side, problem.client_dtype, clients[index], rank, at, count, X, ld);
-        Acc* Mi = M + std::size_t(i - begin) * r * r;
-        if (outer)
-          outer_panels(rank, r, count, X, ld, Y, ldy, Mi, r);
-        else
-          dot_panels(rank, r, count, X, Y, ld, Mi, r);
+void covariance(const Problem& problem, int layer, int client, const cpu::Reference<Acc>& reference,
+                Acc* M, Acc* scratch) {
+  const Layer s = problem.shapes[layer];
+  const int r = s.r, index = client * problem.layers + layer, rank = problem.ranks[index];
+  const bool small = is_small<Acc>(r);
+  Acc *panel = scratch, *sums = scratch + r * chunk_length(r);
+  std::fill(M, M + r * r, Acc(0));
+  if (problem.align != Align::B) {
+    if (small) std::fill(sums, sums + r * r * lanes<Acc>, Acc(0));
+    for (std::int64_t at = 0; at < s.k; at += chunk_length(r)) {
+      const int count = int(std::min<std::int64_t>(chunk_length(r), s.k - at));
+      const Block<Acc> X =
+          block(Side::A, problem.client_dtype, problem.lora_A[index], rank, at, count, panel);
+      const Acc* Y = reference.A.data + at * reference.A.position;
+      if (small) {
+        dot_rows(rank, r, count, X.data, X.direction, Y, reference.A.direction, sums);
+      } else {
+        const Term<Acc> term{X.data, X.direction, 1, Y, r, count};
+        product(rank, r, 1, &term, false, M, r);
       }
     }
+    if (small)
+      for (int e = 0; e < rank * r; ++e) M[e] = horizontal_sum<Acc>(load(sums + e * lanes<Acc>));
   }
-}
-
-// sums[q][t] += sum_p R[p][q] X[p][t] for Q rows of sums; R has row stride ldr.
-template <int Q, class Acc>
-inline void rotate_tile(int rank, int count, const Acc* R, int ldr, const Acc* X, int ld,
-                        Acc* sums) {
-  for (int t = 0; t < count; t += lanes<Acc>) {
-    Vector<Acc> s[Q];
-    for (int q = 0; q < Q; ++q) s[q] = load(sums + q * ld + t);
-    for (int p = 0; p < rank; ++p) {
-      const Vector<Acc> x = load(X + p * ld + t);
-      for (int q = 0; q < Q; ++q) s[q] += R[p * ldr + q] * x;
+  if (problem.align != Align::A)
+    for (std::int64_t at = 0; at < s.d; at += chunk_length(r)) {
+      const int count = int(std::min<std::int64_t>(chunk_length(r), s.d - at));
+      const Matrix& B = problem.lora_B[index];
+      const Acc* Y = reference.B.data + at * reference.B.position;
+      if (small) {
+        const Acc* X = packed_block(problem.client_dtype, B, rank, r, at, count, panel);
+        with_rank<Acc>(r, [&](auto R) { position_covariance<R>(count, X, Y, M); });
+      } else {
+        const Block<Acc> X = block(Side::B, problem.client_dtype, B, rank, at, count, panel);
+        const Term<Acc> term{X.data, 1, X.position, Y, reference.B.position, count};
+        product(rank, r, 1, &term, false, M, r);
+      }
     }
-    for (int q = 0; q < Q; ++q) store(sums + q * ld + t, s[q]);
-  }
 }
 
+// Positions begin <= t < end of A or B: adds W_i^T A_i or B_i W_i of clients first <= i < last to
+// the sums of the clients before them; W (last - first, r, r) are weighted rotations. The last
+// block of clients rounds the result to `out`; it returns false where a value is not finite.
+// sums: what earlier blocks left, laid out like the factor without gaps; not used where `out` has
+// the accumulator's type, and may be null where one block has all clients.
 template <class Acc>
-bool apply(const Problem& problem, int layer, int side_index, std::int64_t tile, const Acc* R,
-           const Matrix& out, Acc* scratch) {
-  const Side side = side_index == 0 ? Side::A : Side::B;
-  const Layer shape = problem.shapes[layer];
-  const int r = shape.r, ld = tile_length(r);
-  const std::int64_t at = tile * ld, length = side == Side::A ? shape.k : shape.d;
-  const int count = int(std::min<std::int64_t>(ld, length - at));
-  const Matrix* clients = side == Side::A ? problem.lora_A : problem.lora_B;
-  Acc *X = scratch, *sums = scratch + r * ld, *weighted = sums + r * ld;
-  std::fill(sums, sums + std::size_t(r) * ld, Acc(0));
-  for (int i = 0; i < problem.clients; ++i) {
-    const int index = i * problem.layers + layer, rank = problem.ranks[index];
-    load_panel(side, problem.client_dtype, clients[index], rank, at, count, X, ld);
-    const Acc w = Acc(problem.weights[i]);
-    const Acc* rotation = R + std::size_t(i) * r * r;
-    for (int e = 0; e < rank * r; ++e) weighted[e] = w * rotation[e];
-    int q = 0;
-    for (; q + 4 <= r; q += 4) rotate_tile<4>(rank, count, weighted + q, r, X, ld, sums + q * ld);
-    for (; q < r; ++q) rotate_tile<1>(rank, count, weighted + q, r, X, ld, sums + q * ld);
+bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std::int64_t end,
+           int first, int last, const Acc* W, const Matrix& out, Acc* sums, Acc* scratch) {
+  const Layer s = problem.shapes[layer];
+  const int r = s.r, length = chunk_length(r);
+  const bool small = side == Side::B && is_small<Acc>(r);
+  const bool in_place = is<Acc>(problem.ref_dtype) && !(small && out.row_stride != r);
+  Acc *panels = scratch, *own_sums = scratch + client_group * r * length;
+  bool finite = true;
+  for (std::int64_t at = begin; at < end; at += length) {
+    const int count = int(std::min<std::int64_t>(length, end - at));
+    // Where the sums of this chunk are, and how far apart their rows.
+    std::int64_t row = in_place ? out.row_stride : side == Side::B ? r : sums ? s.k : count;
+    const std::int64_t offset = side == Side::A ? at : at * row;
+    Acc* C = in_place ? static_cast<Acc*>(out.data) + offset : sums ? sums + offset : own_sums;
+
+    for (int i = first; i < last; i += client_group) {
+      const int group = std::min(client_group, last - i);
+      Term<Acc> terms[client_group];
+      for (int c = 0; c < group; ++c) {
+        const int index = (i + c) * problem.layers + layer, rank = problem.ranks[index];
+        const Matrix& m = (side == Side::A ? problem.lora_A : problem.lora_B)[index];
+        const Acc* Wi = W + std::size_t(i + c - first) * r * r;
+        Acc* panel = panels + c * r * length;
+        if (small) {
+          const Acc* X = packed_block(problem.client_dtype, m, rank, r, at, count, panel);
+          with_rank<Acc>(r, [&](auto R) { position_product<R>(count, X, Wi, i + c == 0, C); });
+          continue;
+        }
+        const Block<Acc> X = block(side, problem.client_dtype, m, rank, at, count, panel);
+        if (side == Side::A)
+          terms[c] = {Wi, 1, r, X.data, X.direction, rank};
+        else
+          terms[c] = {X.data, X.position, 1, Wi, r, rank};
+      }
+      if (side == Side::A)
+        product(r, count, group, terms, i == 0, C, row);
+      else if (!small)
+        product(count, r, group, terms, i == 0, C, row);
+    }
+    if (last < problem.clients) continue;
+    with_dtype(problem.ref_dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      T* to = static_cast<T*>(out.data) + (side == Side::A ? at : at * out.row_stride);
+      const int rows = side == Side::A ? r : count, cols = side == Side::A ? count : r;
+      if (row == cols && out.row_stride == cols)
+        finite &= finish_row(C, rows * cols, to);
+      else
+        for (int p = 0; p < rows; ++p)
+          finite &= finish_row(C + p * row, cols, to + p * out.row_stride);
+    });
   }
-  return store_panel(side, problem.ref_dtype, out, r, at, count, sums, ld);
+  return finite;
 }
 
 }  // namespace FEDROT_ISA

@@ -11,13 +11,14 @@ inline namespace FEDROT_ISA {
 
 template <class Acc>
 std::size_t scratch_size(int r) {
-  return std::max(panel_scratch<Acc>(r), rotation_scratch<Acc>(r)) + 2 * vector_bytes;
+  return std::max(panel_scratch<Acc>(r), rotation_scratch<Acc>(r));
 }
 
 template <class Acc>
 const cpu::Kernels<Acc>& table() {
-  static const cpu::Kernels<Acc> entries{scratch_size<Acc>, covariance<Acc>, rotations<Acc>,
-                                         polars<Acc>,       apply<Acc>,      tile_length};
+  static const cpu::Kernels<Acc> entries{
+      scratch_size<Acc>, rotation_scratch<Acc>, load_reference<Acc>, covariance<Acc>,
+      rotations<Acc>,    polars<Acc>,           apply<Acc>};
   return entries;
 }
 

@@ -9,23 +9,41 @@
 
 namespace fedrot::cpu {
 
+enum class Side { A, B };
+
+// Part of a factor: direction p (of the rank) at position t (along k of A, d of B) is
+// data[p * direction + t * position].
+template <class Acc>
+struct Block {
+  const Acc* data;
+  std::int64_t direction, position;
+};
+
+// The reference of one layer as `covariance` wants it.
+template <class Acc>
+struct Reference {
+  Block<Acc> A, B;
+};
+
 // Acc is float, or double where any tensor of the call is float64.
 template <class Acc>
 struct Kernels {
-  // Elements of scratch that any stage needs for rank r.
+  // Elements of scratch that any stage needs for rank r; r x r matrices alone need the second.
   std::size_t (*scratch_size)(int r);
-  // M[c] (r, r), zero rows beyond the client's rank, for clients begin <= i < end of one layer.
-  void (*covariance)(const Problem&, int layer, int begin, int end, Acc* M, Acc* scratch);
+  std::size_t (*matrix_scratch_size)(int r);
+  // Uses panels of r * (d + k) elements for what cannot be read in place.
+  Reference<Acc> (*load_reference)(const Problem&, int layer, Acc* panels, Acc* scratch);
+  // M (r, r) of one client and layer, zero rows beyond the client's rank.
+  void (*covariance)(const Problem&, int layer, int client, const Reference<Acc>&, Acc* M,
+                     Acc* scratch);
   // M (count, r, r) -> R (count, r, r) in place. Returns false where one is not finite (kept).
   bool (*rotations)(int r, int count, Acc* M, double lam, bool proper, Acc* scratch);
   // M (count, n, n), zero rows where a matrix had fewer, -> polar factors in place. Returns the
   // first that is not finite (kept), or -1.
   int (*polars)(int n, int count, Acc* M, bool proper, Acc* scratch);
-  // Positions tile * tile_length(r) of A (side 0) or B (side 1): sum_i w_i R_i^T A_i into the
-  // output. R: (N, r, r). Returns false where a value is not finite.
-  bool (*apply)(const Problem&, int layer, int side, std::int64_t tile, const Acc* R,
-                const Matrix& out, Acc* scratch);
-  int (*tile_length)(int r);
+  // One block of clients' share in positions begin <= t < end of the average, see factors.h.
+  bool (*apply)(const Problem&, int layer, Side, std::int64_t begin, std::int64_t end, int first,
+                int last, const Acc* W, const Matrix& out, Acc* sums, Acc* scratch);
 };
 
 template <class Acc>

@@ -2,9 +2,16 @@
 // compiler's own vector types: the same source serves SSE2, AVX2, AVX-512 and NEON.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "../math/group.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace fedrot {
 inline namespace FEDROT_ISA {
@@ -45,14 +52,60 @@ inline void store(T* p, Vector<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// Lanes are added pairwise, in the same order on every call.
+// The first n lanes, zero in the others; memory beyond p[n - 1] is not touched. 0 < n <= lanes.
 template <class T>
+inline Vector<T> load_partial(const T* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Vector<T>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  else
+    return (Vector<T>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+#else
+  Vector<T> v = {};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+template <class T>
+inline void store_partial(T* p, Vector<T> v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+  else
+    _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+#else
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
+// Lane i of the result is lane at[i] of v, or lane at[i] - lanes of w.
+template <class T, int... at>
+inline Vector<T> shuffle(Vector<T> v, Vector<T> w) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(v, w, at...);
+#else
+  using Index = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+  typedef Index Indices __attribute__((vector_size(vector_bytes)));
+  return __builtin_shuffle(v, w, Indices{at...});
+#endif
+}
+
+template <class T>
+using LaneIndices = std::make_integer_sequence<int, lanes<T>>;
+
+template <int distance, class T, int... i>
+inline Vector<T> swapped(Vector<T> v, std::integer_sequence<int, i...>) {
+  return shuffle<T, (i ^ distance)...>(v, v);
+}
+
+// Lanes are added pairwise, in the same order on every call.
+template <class T, int half = lanes<T> / 2>
 inline T horizontal_sum(Vector<T> v) {
-  T parts[lanes<T>];
-  std::memcpy(parts, &v, sizeof v);
-  for (int half = lanes<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
-  return parts[0];
+  if constexpr (half == 0)
+    return v[0];
+  else
+    return horizontal_sum<T, half / 2>(v + swapped<half, T>(v, LaneIndices<T>{}));
 }
 
 }  // namespace FEDROT_ISA

@@ -1,0 +1,86 @@
+// Sums of products of small matrices in register tiles: C (+)= sum_s X_s Y_s.
+#pragma once
+
+#include "simd.h"
+
+namespace fedrot {
+inline namespace FEDROT_ISA {
+
+// X (rows, inner) with any strides, Y (inner, cols) with contiguous rows.
+template <class Acc>
+struct Term {
+  const Acc* X;
+  std::int64_t x_row, x_inner;
+  const Acc* Y;
+  std::int64_t y_row;
+  int inner;
+};
+
+// P rows and Q vectors of columns of C, `tail` lanes of the last vector; C keeps its value unless
+// `fresh`.
+template <int P, int Q, bool whole, class Acc>
+inline void product_tile(int terms, const Term<Acc>* term, std::int64_t row, std::int64_t col,
+                         int tail, bool fresh, Acc* C, std::int64_t c_row) {
+  auto load_row = [=](const Acc* p, int q) {
+    return whole || q + 1 < Q ? load(p + q * lanes<Acc>)
+                              : load_partial<Acc>(p + q * lanes<Acc>, tail);
+  };
+  C += row * c_row + col;
+  Vector<Acc> sums[P][Q] = {};
+  if (!fresh)
+    for (int p = 0; p < P; ++p)
+      for (int q = 0; q < Q; ++q) sums[p][q] = load_row(C + p * c_row, q);
+  for (int s = 0; s < terms; ++s) {
+    const Term<Acc>& t = term[s];
+    const Acc *X = t.X + row * t.x_row, *Y = t.Y + col;
+    const std::int64_t x_row = t.x_row;
+    for (int l = 0; l < t.inner; ++l, X += t.x_inner, Y += t.y_row) {
+      Vector<Acc> y[Q];
+      for (int q = 0; q < Q; ++q) y[q] = load_row(Y, q);
+      for (int p = 0; p < P; ++p)
+        for (int q = 0; q < Q; ++q) sums[p][q] += X[p * x_row] * y[q];
+    }
+  }
+  for (int p = 0; p < P; ++p)
+    for (int q = 0; q < Q; ++q) {
+      Acc* to = C + p * c_row + q * lanes<Acc>;
+      if (whole || q + 1 < Q)
+        store(to, sums[p][q]);
+      else
+        store_partial<Acc>(to, sums[p][q], tail);
+    }
+}
+
+// All rows from `row` on, P at a time, then half as many.
+template <int P, int Q, bool whole, class Acc>
+inline void product_rows(int rows, int terms, const Term<Acc>* term, std::int64_t row,
+                         std::int64_t col, int tail, bool fresh, Acc* C, std::int64_t c_row) {
+  for (; row + P <= rows; row += P)
+    product_tile<P, Q, whole>(terms, term, row, col, tail, fresh, C, c_row);
+  if constexpr (P > 1)
+    if (row < rows)
+      product_rows<P / 2, Q, whole>(rows, terms, term, row, col, tail, fresh, C, c_row);
+}
+
+// C (rows, cols; rows c_row apart) = sum over terms of X Y, added to C unless `fresh`. Nothing
+// beyond the columns given is read or written.
+template <class Acc>
+inline void product(int rows, int cols, int terms, const Term<Acc>* term, bool fresh, Acc* C,
+                    std::int64_t c_row) {
+  // Enough independent sums to hide the latency of a multiply-add, few enough for the registers.
+  constexpr int wide = vector_bytes == 64 ? 8 : 6, narrow = vector_bytes == 64 ? 16 : 8;
+  constexpr int width = lanes<Acc>;
+  int col = 0;
+  for (; col + 2 * width <= cols; col += 2 * width)
+    product_rows<wide, 2, true>(rows, terms, term, 0, col, width, fresh, C, c_row);
+  const int rest = cols - col;
+  if (rest > width)
+    product_rows<wide, 2, false>(rows, terms, term, 0, col, rest - width, fresh, C, c_row);
+  else if (rest == width)
+    product_rows<narrow, 1, true>(rows, terms, term, 0, col, width, fresh, C, c_row);
+  else if (rest > 0)
+    product_rows<narrow, 1, false>(rows, terms, term, 0, col, rest, fresh, C, c_row);
+}
+
+}  // namespace FEDROT_ISA
+}  // namespace fedrot

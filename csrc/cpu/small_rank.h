@@ -1,0 +1,138 @@
+// Covariance and apply where a whole row of B is shorter than a vector: r <= small_rank. Several
+// positions of B share a vector as they lie in memory, and R rotations of the lanes within each
+// position meet every pair (p, q) once.
+#pragma once
+
+#include "simd.h"
+
+namespace fedrot {
+inline namespace FEDROT_ISA {
+
+template <class Acc>
+constexpr int small_rank = lanes<Acc> > 8 ? 8 : lanes<Acc> - 1;
+
+// f(integral_constant r) for 1 <= r <= small_rank.
+template <class Acc, int R = small_rank<Acc>, class F>
+inline void with_rank(int r, F f) {
+  if constexpr (R > 0) {
+    if (r == R)
+      f(std::integral_constant<int, R>{});
+    else
+      with_rank<Acc, R - 1>(r, f);
+  }
+}
+
+// sums[p][q] += X[p][t] Y[q][t] lane by lane for P x Q entries; rows of sums are `cols` vectors.
+template <int P, int Q, class Acc>
+inline void dot_tile(int count, const Acc* X, std::int64_t x_row, const Acc* Y, std::int64_t y_row,
+                     Acc* sums, int cols) {
+  Vector<Acc> s[P][Q];
+  for (int p = 0; p < P; ++p)
+    for (int q = 0; q < Q; ++q) s[p][q] = load(sums + (p * cols + q) * lanes<Acc>);
+  auto step = [&](auto load_at) {
+    Vector<Acc> y[Q];
+    for (int q = 0; q < Q; ++q) y[q] = load_at(Y + q * y_row);
+    for (int p = 0; p < P; ++p) {
+      const Vector<Acc> x = load_at(X + p * x_row);
+      for (int q = 0; q < Q; ++q) s[p][q] += x * y[q];
+    }
+  };
+  int t = 0;
+  for (; t + lanes<Acc> <= count; t += lanes<Acc>)
+    step([=](const Acc* row) { return load(row + t); });
+  if (t < count) step([=](const Acc* row) { return load_partial(row + t, count - t); });
+  for (int p = 0; p < P; ++p)
+    for (int q = 0; q < Q; ++q) store(sums + (p * cols + q) * lanes<Acc>, s[p][q]);
+}
+
+template <int P, int Q, class Acc>
+inline void dot_columns(int cols, int from, int count, const Acc* X, std::int64_t x_row,
+                        const Acc* Y, std::int64_t y_row, Acc* sums) {
+  for (; from + Q <= cols; from += Q)
+    dot_tile<P, Q>(count, X, x_row, Y + from * y_row, y_row, sums + from * lanes<Acc>, cols);
+  if constexpr (Q > 1)
+    if (from < cols) dot_columns<P, Q - 1>(cols, from, count, X, x_row, Y, y_row, sums);
+}
+
+// sums (rows, cols, lanes) += X (rows, count) Y (cols, count)^T lane by lane.
+template <class Acc, int P = 4>
+inline void dot_rows(int rows, int cols, int count, const Acc* X, std::int64_t x_row, const Acc* Y,
+                     std::int64_t y_row, Acc* sums) {
+  constexpr int Q = vector_bytes == 64 ? 4 : 2;  // accumulators fill half to all of the registers
+  for (; rows >= P; rows -= P, X += P * x_row, sums += P * cols * lanes<Acc>)
+    dot_columns<P, Q>(cols, 0, count, X, x_row, Y, y_row, sums);
+  if constexpr (P > 1)
+    if (rows > 0) dot_rows<Acc, P - 1>(rows, cols, count, X, x_row, Y, y_row, sums);
+}
+
+// Lane g * R + p <- lane g * R + (p + s) % R.
+template <int R, int s, class Acc, int... i>
+inline Vector<Acc> turned(Vector<Acc> v, std::integer_sequence<int, i...>) {
+  constexpr int used = lanes<Acc> / R * R;
+  return shuffle<Acc, (i < used ? i / R * R + (i % R + s) % R : i)...>(v, v);
+}
+
+// f(s, lanes of v turned by s) for 0 <= s < R.
+template <int R, class Acc, int s = 0, class F>
+inline void each_turn(Vector<Acc> v, F f) {
+  f(s, turned<R, s, Acc>(v, LaneIndices<Acc>{}));
+  if constexpr (s + 1 < R) each_turn<R, Acc, s + 1>(v, f);
+}
+
+// M (R, R) += X^T Y for X, Y (count, R), contiguous.
+template <int R, class Acc>
+inline void position_covariance(int count, const Acc* X, const Acc* Y, Acc* M) {
+  constexpr int used = lanes<Acc> / R * R;
+  constexpr int sets = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // hides the latency of a multiply-add
+  Vector<Acc> sums[sets][R] = {};
+  auto step = [&](int set, Vector<Acc> x, Vector<Acc> y) {
+    each_turn<R, Acc>(y, [&](int s, Vector<Acc> turned) { sums[set][s] += x * turned; });
+  };
+  const std::int64_t length = std::int64_t(count) * R;
+  std::int64_t at = 0;
+  for (; at + (sets - 1) * used + lanes<Acc> <= length; at += sets * used)
+    for (int set = 0; set < sets; ++set)
+      step(set, load(X + at + set * used), load(Y + at + set * used));
+  for (; at < length; at += used) {
+    const int n = int(length - at < used ? length - at : used);
+    step(0, load_partial(X + at, n), load_partial(Y + at, n));
+  }
+  for (int s = 0; s < R; ++s) {
+    for (int set = 1; set < sets; ++set) sums[0][s] += sums[set][s];
+    Acc lane[lanes<Acc>];
+    store(lane, sums[0][s]);
+    for (int p = 0; p < R; ++p) {
+      Acc total = 0;
+      for (int g = 0; g < used; g += R) total += lane[g + p];
+      M[p * R + (p + s) % R] += total;
+    }
+  }
+}
+
+// C (count, R) = X (count, R) W (R, R), contiguous, added to C unless `fresh`.
+template <int R, class Acc>
+inline void position_product(int count, const Acc* X, const Acc* W, bool fresh, Acc* C) {
+  constexpr int used = lanes<Acc> / R * R;
+  Vector<Acc> turned_W[R];
+  for (int s = 0; s < R; ++s) {
+    Acc lane[lanes<Acc>] = {};
+    for (int i = 0; i < used; ++i) lane[i] = W[(i % R + s) % R * R + i % R];
+    turned_W[s] = load(lane);
+  }
+  auto step = [&](Vector<Acc> x, Vector<Acc> c) {
+    each_turn<R, Acc>(x, [&](int s, Vector<Acc> turned) { c += turned * turned_W[s]; });
+    return c;
+  };
+  const std::int64_t length = std::int64_t(count) * R;
+  std::int64_t at = 0;
+  for (; at + lanes<Acc> <= length; at += used)
+    store(C + at, step(load(X + at), fresh ? Vector<Acc>{} : load(C + at)));
+  for (; at < length; at += used) {
+    const int n = int(length - at < used ? length - at : used);
+    store_partial(
+        C + at, step(load_partial(X + at, n), fresh ? Vector<Acc>{} : load_partial(C + at, n)), n);
+  }
+}
+
+}  // namespace FEDROT_ISA
+}  // namespace fedrot
