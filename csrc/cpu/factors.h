@@ -56,7 +56,8 @@ cpu::Reference<Acc> load_reference(const Problem& problem, int layer, Acc* panel
 template <class Acc>
 std::size_t panel_scratch(int r) {
   const std::size_t chunk = std::size_t(r) * chunk_length(r);
-  return (client_group + 1) * chunk + (is_small<Acc>(r) ? std::size_t(r) * r * lanes<Acc> : 0);
+  const std::size_t small = is_small<Acc>(r) ? std::size_t(client_group) * r * lanes<Acc> : 0;
+  return (client_group + 1) * chunk + std::max(small, small * r / client_group);
 }
 
 // M (r, r) <- A_i A_ref^T + B_i^T B_ref or what `align` asks for; rows beyond the client's rank 0.
@@ -79,7 +80,7 @@ void covariance(const Problem& problem, int layer, int client, const cpu::Refere
         dot_rows(rank, r, count, X.data, X.direction, Y, reference.A.direction, sums);
       } else {
         const Term<Acc> term{X.data, X.direction, 1, Y, r, count};
-        product(rank, r, 1, &term, false, M, r);
+        product<false>(rank, r, 1, &term, false, M, r);
       }
     }
     if (small)
@@ -96,7 +97,7 @@ void covariance(const Problem& problem, int layer, int client, const cpu::Refere
       } else {
         const Block<Acc> X = block(Side::B, problem.client_dtype, B, rank, at, count, panel);
         const Term<Acc> term{X.data, 1, X.position, Y, reference.B.position, count};
-        product(rank, r, 1, &term, false, M, r);
+        product<true>(rank, r, 1, &term, false, M, r);
       }
     }
 }
@@ -113,7 +114,8 @@ bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std
   const int r = s.r, length = chunk_length(r);
   const bool small = side == Side::B && is_small<Acc>(r);
   const bool in_place = is<Acc>(problem.ref_dtype) && !(small && out.row_stride != r);
-  Acc *panels = scratch, *own_sums = scratch + client_group * r * length;
+  Acc *panels = scratch, *own_sums = scratch + client_group * r * length,
+      *turned = own_sums + r * length;
   bool finite = true;
   for (std::int64_t at = begin; at < end; at += length) {
     const int count = int(std::min<std::int64_t>(length, end - at));
@@ -125,14 +127,15 @@ bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std
     for (int i = first; i < last; i += client_group) {
       const int group = std::min(client_group, last - i);
       Term<Acc> terms[client_group];
+      const Acc* packed[client_group];
       for (int c = 0; c < group; ++c) {
         const int index = (i + c) * problem.layers + layer, rank = problem.ranks[index];
         const Matrix& m = (side == Side::A ? problem.lora_A : problem.lora_B)[index];
         const Acc* Wi = W + std::size_t(i + c - first) * r * r;
         Acc* panel = panels + c * r * length;
         if (small) {
-          const Acc* X = packed_block(problem.client_dtype, m, rank, r, at, count, panel);
-          with_rank<Acc>(r, [&](auto R) { position_product<R>(count, X, Wi, i + c == 0, C); });
+          packed[c] = packed_block(problem.client_dtype, m, rank, r, at, count, panel);
+          with_rank<Acc>(r, [&](auto R) { turn_matrix<R>(Wi, turned + c * r * lanes<Acc>); });
           continue;
         }
         const Block<Acc> X = block(side, problem.client_dtype, m, rank, at, count, panel);
@@ -142,9 +145,12 @@ bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std
           terms[c] = {X.data, X.position, 1, Wi, r, rank};
       }
       if (side == Side::A)
-        product(r, count, group, terms, i == 0, C, row);
-      else if (!small)
-        product(count, r, group, terms, i == 0, C, row);
+        product<true>(r, count, group, terms, i == 0, C, row);
+      else if (small)
+        with_rank<Acc>(
+            r, [&](auto R) { position_product<R>(count, group, packed, turned, i == 0, C); });
+      else
+        product<false>(count, r, group, terms, i == 0, C, row);
     }
     if (last < problem.clients) continue;
     with_dtype(problem.ref_dtype, [&](auto* type) {

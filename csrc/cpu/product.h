@@ -18,7 +18,7 @@ struct Term {
 
 // P rows and Q vectors of columns of C, `tail` lanes of the last vector; C keeps its value unless
 // `fresh`.
-template <int P, int Q, bool whole, class Acc>
+template <int P, int Q, bool whole, bool unit, class Acc>
 inline void product_tile(int terms, const Term<Acc>* term, std::int64_t row, std::int64_t col,
                          int tail, bool fresh, Acc* C, std::int64_t c_row) {
   auto load_row = [=](const Acc* p, int q) {
@@ -27,44 +27,55 @@ inline void product_tile(int terms, const Term<Acc>* term, std::int64_t row, std
   };
   C += row * c_row + col;
   Vector<Acc> sums[P][Q] = {};
-  if (!fresh)
-    for (int p = 0; p < P; ++p)
-      for (int q = 0; q < Q; ++q) sums[p][q] = load_row(C + p * c_row, q);
+  if (!fresh) FEDROT_UNROLL
+  for (int p = 0; p < P; ++p) FEDROT_UNROLL
+  for (int q = 0; q < Q; ++q) sums[p][q] = load_row(C + p * c_row, q);
   for (int s = 0; s < terms; ++s) {
     const Term<Acc>& t = term[s];
-    const Acc *X = t.X + row * t.x_row, *Y = t.Y + col;
-    const std::int64_t x_row = t.x_row;
-    for (int l = 0; l < t.inner; ++l, X += t.x_inner, Y += t.y_row) {
+    const Acc* Y = t.Y + col;
+    // Four rows a pointer: all rows then share three registers of offsets.
+    constexpr int pointers = (P + 3) / 4;
+    const Acc* X[pointers];
+    const std::int64_t x_row = unit ? 1 : t.x_row, x_inner = t.x_inner, y_row = t.y_row;
+    const int inner = t.inner;
+    FEDROT_UNROLL
+    for (int a = 0; a < pointers; ++a) X[a] = t.X + (row + 4 * a) * x_row;
+    for (int l = 0; l < inner; ++l, Y += y_row) {
       Vector<Acc> y[Q];
+      FEDROT_UNROLL
       for (int q = 0; q < Q; ++q) y[q] = load_row(Y, q);
-      for (int p = 0; p < P; ++p)
-        for (int q = 0; q < Q; ++q) sums[p][q] += X[p * x_row] * y[q];
+      FEDROT_UNROLL
+      for (int p = 0; p < P; ++p) FEDROT_UNROLL
+      for (int q = 0; q < Q; ++q) sums[p][q] += X[p / 4][p % 4 * x_row] * y[q];
+      FEDROT_UNROLL
+      for (int a = 0; a < pointers; ++a) X[a] += x_inner;
     }
   }
-  for (int p = 0; p < P; ++p)
-    for (int q = 0; q < Q; ++q) {
-      Acc* to = C + p * c_row + q * lanes<Acc>;
-      if (whole || q + 1 < Q)
-        store(to, sums[p][q]);
-      else
-        store_partial<Acc>(to, sums[p][q], tail);
-    }
+  FEDROT_UNROLL
+  for (int p = 0; p < P; ++p) FEDROT_UNROLL
+  for (int q = 0; q < Q; ++q) {
+    Acc* to = C + p * c_row + q * lanes<Acc>;
+    if (whole || q + 1 < Q)
+      store(to, sums[p][q]);
+    else
+      store_partial<Acc>(to, sums[p][q], tail);
+  }
 }
 
 // All rows from `row` on, P at a time, then half as many.
-template <int P, int Q, bool whole, class Acc>
+template <int P, int Q, bool whole, bool unit, class Acc>
 inline void product_rows(int rows, int terms, const Term<Acc>* term, std::int64_t row,
                          std::int64_t col, int tail, bool fresh, Acc* C, std::int64_t c_row) {
   for (; row + P <= rows; row += P)
-    product_tile<P, Q, whole>(terms, term, row, col, tail, fresh, C, c_row);
+    product_tile<P, Q, whole, unit>(terms, term, row, col, tail, fresh, C, c_row);
   if constexpr (P > 1)
     if (row < rows)
-      product_rows<P / 2, Q, whole>(rows, terms, term, row, col, tail, fresh, C, c_row);
+      product_rows<P / 2, Q, whole, unit>(rows, terms, term, row, col, tail, fresh, C, c_row);
 }
 
 // C (rows, cols; rows c_row apart) = sum over terms of X Y, added to C unless `fresh`. Nothing
 // beyond the columns given is read or written.
-template <class Acc>
+template <bool unit, class Acc>
 inline void product(int rows, int cols, int terms, const Term<Acc>* term, bool fresh, Acc* C,
                     std::int64_t c_row) {
   // Enough independent sums to hide the latency of a multiply-add, few enough for the registers.
@@ -72,14 +83,14 @@ inline void product(int rows, int cols, int terms, const Term<Acc>* term, bool f
   constexpr int width = lanes<Acc>;
   int col = 0;
   for (; col + 2 * width <= cols; col += 2 * width)
-    product_rows<wide, 2, true>(rows, terms, term, 0, col, width, fresh, C, c_row);
+    product_rows<wide, 2, true, unit>(rows, terms, term, 0, col, width, fresh, C, c_row);
   const int rest = cols - col;
   if (rest > width)
-    product_rows<wide, 2, false>(rows, terms, term, 0, col, rest - width, fresh, C, c_row);
+    product_rows<wide, 2, false, unit>(rows, terms, term, 0, col, rest - width, fresh, C, c_row);
   else if (rest == width)
-    product_rows<narrow, 1, true>(rows, terms, term, 0, col, width, fresh, C, c_row);
+    product_rows<narrow, 1, true, unit>(rows, terms, term, 0, col, width, fresh, C, c_row);
   else if (rest > 0)
-    product_rows<narrow, 1, false>(rows, terms, term, 0, col, rest, fresh, C, c_row);
+    product_rows<narrow, 1, false, unit>(rows, terms, term, 0, col, rest, fresh, C, c_row);
 }
 
 }  // namespace FEDROT_ISA

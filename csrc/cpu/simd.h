@@ -13,6 +13,13 @@
 #include <immintrin.h>
 #endif
 
+// The loop that follows has few iterations, known here: its arrays of vectors stay in registers.
+#if defined(__clang__)
+#define FEDROT_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define FEDROT_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace fedrot {
 inline namespace FEDROT_ISA {
 

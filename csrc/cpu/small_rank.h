@@ -27,13 +27,17 @@ template <int P, int Q, class Acc>
 inline void dot_tile(int count, const Acc* X, std::int64_t x_row, const Acc* Y, std::int64_t y_row,
                      Acc* sums, int cols) {
   Vector<Acc> s[P][Q];
-  for (int p = 0; p < P; ++p)
-    for (int q = 0; q < Q; ++q) s[p][q] = load(sums + (p * cols + q) * lanes<Acc>);
+  FEDROT_UNROLL
+  for (int p = 0; p < P; ++p) FEDROT_UNROLL
+  for (int q = 0; q < Q; ++q) s[p][q] = load(sums + (p * cols + q) * lanes<Acc>);
   auto step = [&](auto load_at) {
     Vector<Acc> y[Q];
+    FEDROT_UNROLL
     for (int q = 0; q < Q; ++q) y[q] = load_at(Y + q * y_row);
+    FEDROT_UNROLL
     for (int p = 0; p < P; ++p) {
       const Vector<Acc> x = load_at(X + p * x_row);
+      FEDROT_UNROLL
       for (int q = 0; q < Q; ++q) s[p][q] += x * y[q];
     }
   };
@@ -41,8 +45,9 @@ inline void dot_tile(int count, const Acc* X, std::int64_t x_row, const Acc* Y, 
   for (; t + lanes<Acc> <= count; t += lanes<Acc>)
     step([=](const Acc* row) { return load(row + t); });
   if (t < count) step([=](const Acc* row) { return load_partial(row + t, count - t); });
-  for (int p = 0; p < P; ++p)
-    for (int q = 0; q < Q; ++q) store(sums + (p * cols + q) * lanes<Acc>, s[p][q]);
+  FEDROT_UNROLL
+  for (int p = 0; p < P; ++p) FEDROT_UNROLL
+  for (int q = 0; q < Q; ++q) store(sums + (p * cols + q) * lanes<Acc>, s[p][q]);
 }
 
 template <int P, int Q, class Acc>
@@ -90,9 +95,9 @@ inline void position_covariance(int count, const Acc* X, const Acc* Y, Acc* M) {
   };
   const std::int64_t length = std::int64_t(count) * R;
   std::int64_t at = 0;
-  for (; at + (sets - 1) * used + lanes<Acc> <= length; at += sets * used)
-    for (int set = 0; set < sets; ++set)
-      step(set, load(X + at + set * used), load(Y + at + set * used));
+  for (; at + (sets - 1) * used + lanes<Acc> <= length; at += sets * used) FEDROT_UNROLL
+  for (int set = 0; set < sets; ++set)
+    step(set, load(X + at + set * used), load(Y + at + set * used));
   for (; at < length; at += used) {
     const int n = int(length - at < used ? length - at : used);
     step(0, load_partial(X + at, n), load_partial(Y + at, n));
@@ -109,28 +114,51 @@ inline void position_covariance(int count, const Acc* X, const Acc* Y, Acc* M) {
   }
 }
 
-// C (count, R) = X (count, R) W (R, R), contiguous, added to C unless `fresh`.
+// V (R, lanes): what each_turn()'s lanes of a position are multiplied by for X W, W (R, R).
 template <int R, class Acc>
-inline void position_product(int count, const Acc* X, const Acc* W, bool fresh, Acc* C) {
-  constexpr int used = lanes<Acc> / R * R;
-  Vector<Acc> turned_W[R];
-  for (int s = 0; s < R; ++s) {
-    Acc lane[lanes<Acc>] = {};
-    for (int i = 0; i < used; ++i) lane[i] = W[(i % R + s) % R * R + i % R];
-    turned_W[s] = load(lane);
-  }
-  auto step = [&](Vector<Acc> x, Vector<Acc> c) {
-    each_turn<R, Acc>(x, [&](int s, Vector<Acc> turned) { c += turned * turned_W[s]; });
-    return c;
+inline void turn_matrix(const Acc* W, Acc* V) {
+  for (int s = 0; s < R; ++s)
+    for (int i = 0; i < lanes<Acc>; ++i)
+      V[s * lanes<Acc> + i] = i < lanes<Acc> / R * R ? W[(i % R + s) % R * R + i % R] : Acc(0);
+}
+
+// C (count, R) = sum_i X_i W_i, contiguous, added to C unless `fresh`. X: pointers to (count, R),
+// V: `clients` matrices from turn_matrix.
+template <int R, class Acc>
+inline void position_product(int count, int clients, const Acc* const* X, const Acc* V, bool fresh,
+                             Acc* C) {
+  constexpr int used = lanes<Acc> / R * R, block = 4;  // vectors that share a load of V
+  auto add = [=](auto vectors, std::int64_t at, Vector<Acc>* c, auto load_x) {
+    for (int i = 0; i < clients; ++i) {
+      Vector<Acc> v[R];
+      FEDROT_UNROLL
+      for (int s = 0; s < R; ++s) v[s] = load(V + (i * R + s) * lanes<Acc>);
+      FEDROT_UNROLL
+      for (int u = 0; u < vectors; ++u)
+        each_turn<R, Acc>(load_x(X[i] + at + u * used),
+                          [&](int s, Vector<Acc> turned) { c[u] += turned * v[s]; });
+    }
   };
   const std::int64_t length = std::int64_t(count) * R;
   std::int64_t at = 0;
-  for (; at + lanes<Acc> <= length; at += used)
-    store(C + at, step(load(X + at), fresh ? Vector<Acc>{} : load(C + at)));
+  // A store also writes what is behind the lanes used: a zero, or the old sum, which the next
+  // vector has to be loaded before.
+  Vector<Acc> next = {};
+  if (!fresh && lanes<Acc> <= length) next = load(C);
+  for (; at + (block - 1) * used + lanes<Acc> <= length; at += block * used) {
+    Vector<Acc> c[block] = {next};
+    FEDROT_UNROLL
+    for (int u = 1; u < block; ++u) c[u] = fresh ? Vector<Acc>{} : load(C + at + u * used);
+    add(std::integral_constant<int, block>{}, at, c, [](const Acc* p) { return load(p); });
+    if (!fresh && at + block * used + lanes<Acc> <= length) next = load(C + at + block * used);
+    FEDROT_UNROLL
+    for (int u = 0; u < block; ++u) store(C + at + u * used, c[u]);
+  }
   for (; at < length; at += used) {
     const int n = int(length - at < used ? length - at : used);
-    store_partial(
-        C + at, step(load_partial(X + at, n), fresh ? Vector<Acc>{} : load_partial(C + at, n)), n);
+    Vector<Acc> c[1] = {fresh ? Vector<Acc>{} : load_partial(C + at, n)};
+    add(std::integral_constant<int, 1>{}, at, c, [=](const Acc* p) { return load_partial(p, n); });
+    store_partial(C + at, c[0], n);
   }
 }
 
