@@ -32,14 +32,15 @@ int largest_rank(const Problem& p) {
   return r;
 }
 
-// Bytes of client factors that a core's second-level cache keeps beside reference and result.
+// Bytes of client factors that a core's second-level cache keeps beside as many of the next block,
+// the reference and the result.
 std::int64_t cache_bytes() {
   static const std::int64_t bytes = [] {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
     const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (size > 0) return std::int64_t(size) / 2;
+    if (size > 0) return std::int64_t(size) / 4;
 #endif
-    return std::int64_t(512) << 10;
+    return std::int64_t(256) << 10;
   }();
   return bytes;
 }
@@ -65,9 +66,7 @@ class Engine {
   bool aggregate(const Matrix* out_A, const Matrix* out_B) {
     // With many layers it hardly matters which thread gets the last one.
     if (threads_ == 1 || problem_.layers >= 4 * threads_)
-      parallel_for(problem_.layers, threads_, [&](int layer, int thread) {
-        whole_layer(layer, out_A[layer], out_B[layer], arena(thread));
-      });
+      whole_layers(out_A, out_B);
     else
       in_parts(out_A, out_B);
     return finite_;
@@ -89,6 +88,8 @@ class Engine {
  private:
   // What one thread works in; made when it takes its first unit.
   struct Arena {
+    Ahead ahead{};
+    std::vector<Ahead::Segment> segments;
     std::unique_ptr<Acc[]> memory;
     Acc *scratch, *panels, *sums, *matrices;
   };
@@ -133,8 +134,8 @@ class Engine {
       return;
     }
     for (int i = first; i < last; ++i)
-      kernels_.covariance(problem_, layer, i, reference, R + (i - first) * square(layer),
-                          arena.scratch);
+      kernels_.covariance(problem_, layer, i, reference, arena.ahead,
+                          R + (i - first) * square(layer), arena.scratch);
     if (!kernels_.rotations(r, last - first, R, problem_.lam, problem_.proper, arena.scratch))
       finite_ = false;
   }
@@ -145,7 +146,18 @@ class Engine {
       for (const Acc* end = R + square(layer); R < end; ++R) *R *= Acc(problem_.weights[i]);
   }
 
-  void whole_layer(int layer, const Matrix& out_A, const Matrix& out_B, Arena& arena) {
+  void whole_layers(const Matrix* out_A, const Matrix* out_B) {
+    std::atomic<int> taken{0};
+    parallel_for(std::min(threads_, problem_.layers), threads_, [&](int, int thread) {
+      // The next layer is taken before this one is done: its first clients are fetched meanwhile.
+      for (int layer = taken++, next; layer < problem_.layers; layer = next) {
+        next = taken++;
+        whole_layer(layer, next, out_A[layer], out_B[layer], arena(thread));
+      }
+    });
+  }
+
+  void whole_layer(int layer, int next, const Matrix& out_A, const Matrix& out_B, Arena& arena) {
     const Layer s = problem_.shapes[layer];
     const int block = int(cached_clients(layer));
     const Reference<Acc> reference = this->reference(layer, arena);
@@ -153,14 +165,39 @@ class Engine {
     Acc* sums_B = sums_A ? sums_A + s.r * s.k : nullptr;
     for (int first = 0; first < problem_.clients; first += block) {
       const int last = std::min(first + block, problem_.clients);
+      const double work = 2. * s.r * s.r * (s.d + s.k) * (last - first);
+      arena.ahead = {};
+      if (last < problem_.clients)
+        look_ahead(layer, last, std::min(last + block, problem_.clients), work, arena);
+      else if (next < problem_.layers)
+        look_ahead(next, 0, int(cached_clients(next)), work, arena);
       rotate(layer, first, last, reference, arena.matrices, arena);
       weigh(layer, first, last, arena.matrices);
-      if (!kernels_.apply(problem_, layer, Side::A, 0, s.k, first, last, arena.matrices, out_A,
-                          sums_A, arena.scratch) ||
-          !kernels_.apply(problem_, layer, Side::B, 0, s.d, first, last, arena.matrices, out_B,
-                          sums_B, arena.scratch))
+      if (!kernels_.apply(problem_, layer, Side::A, 0, s.k, first, last, arena.matrices,
+                          arena.ahead, out_A, sums_A, arena.scratch) ||
+          !kernels_.apply(problem_, layer, Side::B, 0, s.d, first, last, arena.matrices,
+                          arena.ahead, out_B, sums_B, arena.scratch))
         finite_ = false;
     }
+  }
+
+  // Spreads the fetching of these clients over `work` multiply-adds.
+  void look_ahead(int layer, int first, int last, double work, Arena& arena) const {
+    const Layer s = problem_.shapes[layer];
+    const std::int64_t size = bytes_of(problem_.client_dtype);
+    arena.segments.clear();
+    double bytes = 0;
+    for (int i = first; i < last; ++i) {
+      const int index = i * problem_.layers + layer, rank = problem_.ranks[index];
+      const Matrix &A = problem_.lora_A[index], &B = problem_.lora_B[index];
+      if (A.row_stride != s.k || B.row_stride != rank) continue;  // there are gaps in between
+      arena.segments.push_back({static_cast<const char*>(A.data), size * rank * s.k});
+      arena.segments.push_back({static_cast<const char*>(B.data), size * rank * s.d});
+      bytes += double(size) * rank * (s.d + s.k);
+    }
+    constexpr double hurry = 1.2;  // loops whose length is no multiple of their step ask for less
+    const Ahead::Segment* segments = arena.segments.data();
+    arena.ahead = {segments, segments + arena.segments.size(), 0, hurry * bytes / work};
   }
 
   // work(layer, first, last, arena) for blocks of clients of every layer.
@@ -212,7 +249,7 @@ class Engine {
       const Layer s = problem_.shapes[layer];
       const std::int64_t begin = part * range, length = side == Side::A ? s.k : s.d;
       if (!kernels_.apply(problem_, layer, side, begin, std::min(begin + range, length), 0,
-                          problem_.clients, W.get() + offset[layer],
+                          problem_.clients, W.get() + offset[layer], arena(thread).ahead,
                           (side == Side::A ? out_A : out_B)[layer], nullptr, arena(thread).scratch))
         finite_ = false;
     });

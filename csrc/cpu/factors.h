@@ -63,7 +63,7 @@ std::size_t panel_scratch(int r) {
 // M (r, r) <- A_i A_ref^T + B_i^T B_ref or what `align` asks for; rows beyond the client's rank 0.
 template <class Acc>
 void covariance(const Problem& problem, int layer, int client, const cpu::Reference<Acc>& reference,
-                Acc* M, Acc* scratch) {
+                Ahead& ahead, Acc* M, Acc* scratch) {
   const Layer s = problem.shapes[layer];
   const int r = s.r, index = client * problem.layers + layer, rank = problem.ranks[index];
   const bool small = is_small<Acc>(r);
@@ -77,10 +77,10 @@ void covariance(const Problem& problem, int layer, int client, const cpu::Refere
           block(Side::A, problem.client_dtype, problem.lora_A[index], rank, at, count, panel);
       const Acc* Y = reference.A.data + at * reference.A.position;
       if (small) {
-        dot_rows(rank, r, count, X.data, X.direction, Y, reference.A.direction, sums);
+        dot_rows(rank, r, count, X.data, X.direction, Y, reference.A.direction, sums, ahead);
       } else {
         const Term<Acc> term{X.data, X.direction, 1, Y, r, count};
-        product<false>(rank, r, 1, &term, false, M, r);
+        product<false>(rank, r, 1, &term, false, M, r, ahead);
       }
     }
     if (small)
@@ -93,11 +93,11 @@ void covariance(const Problem& problem, int layer, int client, const cpu::Refere
       const Acc* Y = reference.B.data + at * reference.B.position;
       if (small) {
         const Acc* X = packed_block(problem.client_dtype, B, rank, r, at, count, panel);
-        with_rank<Acc>(r, [&](auto R) { position_covariance<R>(count, X, Y, M); });
+        with_rank<Acc>(r, [&](auto R) { position_covariance<R>(count, X, Y, M, ahead); });
       } else {
         const Block<Acc> X = block(Side::B, problem.client_dtype, B, rank, at, count, panel);
         const Term<Acc> term{X.data, 1, X.position, Y, reference.B.position, count};
-        product<true>(rank, r, 1, &term, false, M, r);
+        product<true>(rank, r, 1, &term, false, M, r, ahead);
       }
     }
 }
@@ -109,7 +109,8 @@ void covariance(const Problem& problem, int layer, int client, const cpu::Refere
 // the accumulator's type, and may be null where one block has all clients.
 template <class Acc>
 bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std::int64_t end,
-           int first, int last, const Acc* W, const Matrix& out, Acc* sums, Acc* scratch) {
+           int first, int last, const Acc* W, Ahead& ahead, const Matrix& out, Acc* sums,
+           Acc* scratch) {
   const Layer s = problem.shapes[layer];
   const int r = s.r, length = chunk_length(r);
   const bool small = side == Side::B && is_small<Acc>(r);
@@ -145,12 +146,13 @@ bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std
           terms[c] = {X.data, X.position, 1, Wi, r, rank};
       }
       if (side == Side::A)
-        product<true>(r, count, group, terms, i == 0, C, row);
+        product<true>(r, count, group, terms, i == 0, C, row, ahead);
       else if (small)
-        with_rank<Acc>(
-            r, [&](auto R) { position_product<R>(count, group, packed, turned, i == 0, C); });
+        with_rank<Acc>(r, [&](auto R) {
+          position_product<R>(count, group, packed, turned, i == 0, C, ahead);
+        });
       else
-        product<false>(count, r, group, terms, i == 0, C, row);
+        product<false>(count, r, group, terms, i == 0, C, row, ahead);
     }
     if (last < problem.clients) continue;
     with_dtype(problem.ref_dtype, [&](auto* type) {

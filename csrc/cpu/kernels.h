@@ -25,6 +25,17 @@ struct Reference {
   Block<Acc> A, B;
 };
 
+// Memory to fetch while something else is computed.
+struct Ahead {
+  struct Segment {
+    const char* data;
+    std::int64_t bytes;
+  };
+  const Segment *next, *end;
+  std::int64_t used;  // bytes of *next that have been asked for
+  double bytes_per_multiply_add;
+};
+
 // Acc is float, or double where any tensor of the call is float64.
 template <class Acc>
 struct Kernels {
@@ -34,7 +45,7 @@ struct Kernels {
   // Uses panels of r * (d + k) elements for what cannot be read in place.
   Reference<Acc> (*load_reference)(const Problem&, int layer, Acc* panels, Acc* scratch);
   // M (r, r) of one client and layer, zero rows beyond the client's rank.
-  void (*covariance)(const Problem&, int layer, int client, const Reference<Acc>&, Acc* M,
+  void (*covariance)(const Problem&, int layer, int client, const Reference<Acc>&, Ahead&, Acc* M,
                      Acc* scratch);
   // M (count, r, r) -> R (count, r, r) in place. Returns false where one is not finite (kept).
   bool (*rotations)(int r, int count, Acc* M, double lam, bool proper, Acc* scratch);
@@ -43,7 +54,7 @@ struct Kernels {
   int (*polars)(int n, int count, Acc* M, bool proper, Acc* scratch);
   // One block of clients' share in positions begin <= t < end of the average, see factors.h.
   bool (*apply)(const Problem&, int layer, Side, std::int64_t begin, std::int64_t end, int first,
-                int last, const Acc* W, const Matrix& out, Acc* sums, Acc* scratch);
+                int last, const Acc* W, Ahead&, const Matrix& out, Acc* sums, Acc* scratch);
 };
 
 template <class Acc>

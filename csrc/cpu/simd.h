@@ -13,13 +13,6 @@
 #include <immintrin.h>
 #endif
 
-// The loop that follows has few iterations, known here: its arrays of vectors stay in registers.
-#if defined(__clang__)
-#define FEDROT_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define FEDROT_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 namespace fedrot {
 inline namespace FEDROT_ISA {
 
@@ -46,6 +39,15 @@ using Vector = typename VectorOf<T>::type;
 
 template <class T>
 constexpr int lanes = vector_bytes / int(sizeof(T));
+
+// f(0), ..., f(n - 1). Written out for the compiler, so that arrays of vectors stay in registers.
+template <int n, class F>
+__attribute__((always_inline)) inline void unrolled(F&& f) {
+  if constexpr (n > 0) {
+    unrolled<n - 1>(f);
+    f(n - 1);
+  }
+}
 
 template <class T>
 inline Vector<T> load(const T* p) {

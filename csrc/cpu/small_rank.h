@@ -3,7 +3,7 @@
 // position meet every pair (p, q) once.
 #pragma once
 
-#include "simd.h"
+#include "ahead.h"
 
 namespace fedrot {
 inline namespace FEDROT_ISA {
@@ -25,49 +25,48 @@ inline void with_rank(int r, F f) {
 // sums[p][q] += X[p][t] Y[q][t] lane by lane for P x Q entries; rows of sums are `cols` vectors.
 template <int P, int Q, class Acc>
 inline void dot_tile(int count, const Acc* X, std::int64_t x_row, const Acc* Y, std::int64_t y_row,
-                     Acc* sums, int cols) {
+                     Acc* sums, int cols, Ahead& ahead) {
   Vector<Acc> s[P][Q];
-  FEDROT_UNROLL
-  for (int p = 0; p < P; ++p) FEDROT_UNROLL
-  for (int q = 0; q < Q; ++q) s[p][q] = load(sums + (p * cols + q) * lanes<Acc>);
+  auto at = [=](int p, int q) { return sums + (p * cols + q) * lanes<Acc>; };
+  unrolled<P>([&](int p) { unrolled<Q>([&](int q) { s[p][q] = load(at(p, q)); }); });
   auto step = [&](auto load_at) {
     Vector<Acc> y[Q];
-    FEDROT_UNROLL
-    for (int q = 0; q < Q; ++q) y[q] = load_at(Y + q * y_row);
-    FEDROT_UNROLL
-    for (int p = 0; p < P; ++p) {
+    unrolled<Q>([&](int q) { y[q] = load_at(Y + q * y_row); });
+    unrolled<P>([&](int p) {
       const Vector<Acc> x = load_at(X + p * x_row);
-      FEDROT_UNROLL
-      for (int q = 0; q < Q; ++q) s[p][q] += x * y[q];
-    }
+      unrolled<Q>([&](int q) { s[p][q] += x * y[q]; });
+    });
   };
+  // A step of few ranks is short for the memory it stands for: half of it twice.
+  Stream stream = take(ahead, P * Q * lanes<Acc> / 2, 2 * (count / lanes<Acc>));
   int t = 0;
-  for (; t + lanes<Acc> <= count; t += lanes<Acc>)
+  for (; t + lanes<Acc> <= count; t += lanes<Acc>) {
     step([=](const Acc* row) { return load(row + t); });
+    advance(stream);
+    advance(stream);
+  }
   if (t < count) step([=](const Acc* row) { return load_partial(row + t, count - t); });
-  FEDROT_UNROLL
-  for (int p = 0; p < P; ++p) FEDROT_UNROLL
-  for (int q = 0; q < Q; ++q) store(sums + (p * cols + q) * lanes<Acc>, s[p][q]);
+  unrolled<P>([&](int p) { unrolled<Q>([&](int q) { store(at(p, q), s[p][q]); }); });
 }
 
 template <int P, int Q, class Acc>
 inline void dot_columns(int cols, int from, int count, const Acc* X, std::int64_t x_row,
-                        const Acc* Y, std::int64_t y_row, Acc* sums) {
+                        const Acc* Y, std::int64_t y_row, Acc* sums, Ahead& ahead) {
   for (; from + Q <= cols; from += Q)
-    dot_tile<P, Q>(count, X, x_row, Y + from * y_row, y_row, sums + from * lanes<Acc>, cols);
+    dot_tile<P, Q>(count, X, x_row, Y + from * y_row, y_row, sums + from * lanes<Acc>, cols, ahead);
   if constexpr (Q > 1)
-    if (from < cols) dot_columns<P, Q - 1>(cols, from, count, X, x_row, Y, y_row, sums);
+    if (from < cols) dot_columns<P, Q - 1>(cols, from, count, X, x_row, Y, y_row, sums, ahead);
 }
 
 // sums (rows, cols, lanes) += X (rows, count) Y (cols, count)^T lane by lane.
 template <class Acc, int P = 4>
 inline void dot_rows(int rows, int cols, int count, const Acc* X, std::int64_t x_row, const Acc* Y,
-                     std::int64_t y_row, Acc* sums) {
+                     std::int64_t y_row, Acc* sums, Ahead& ahead) {
   constexpr int Q = vector_bytes == 64 ? 4 : 2;  // accumulators fill half to all of the registers
   for (; rows >= P; rows -= P, X += P * x_row, sums += P * cols * lanes<Acc>)
-    dot_columns<P, Q>(cols, 0, count, X, x_row, Y, y_row, sums);
+    dot_columns<P, Q>(cols, 0, count, X, x_row, Y, y_row, sums, ahead);
   if constexpr (P > 1)
-    if (rows > 0) dot_rows<Acc, P - 1>(rows, cols, count, X, x_row, Y, y_row, sums);
+    if (rows > 0) dot_rows<Acc, P - 1>(rows, cols, count, X, x_row, Y, y_row, sums, ahead);
 }
 
 // Lane g * R + p <- lane g * R + (p + s) % R.
@@ -86,7 +85,7 @@ inline void each_turn(Vector<Acc> v, F f) {
 
 // M (R, R) += X^T Y for X, Y (count, R), contiguous.
 template <int R, class Acc>
-inline void position_covariance(int count, const Acc* X, const Acc* Y, Acc* M) {
+inline void position_covariance(int count, const Acc* X, const Acc* Y, Acc* M, Ahead& ahead) {
   constexpr int used = lanes<Acc> / R * R;
   constexpr int sets = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // hides the latency of a multiply-add
   Vector<Acc> sums[sets][R] = {};
@@ -94,10 +93,13 @@ inline void position_covariance(int count, const Acc* X, const Acc* Y, Acc* M) {
     each_turn<R, Acc>(y, [&](int s, Vector<Acc> turned) { sums[set][s] += x * turned; });
   };
   const std::int64_t length = std::int64_t(count) * R;
+  Stream stream = take(ahead, R * used, length / used);
   std::int64_t at = 0;
-  for (; at + (sets - 1) * used + lanes<Acc> <= length; at += sets * used) FEDROT_UNROLL
-  for (int set = 0; set < sets; ++set)
-    step(set, load(X + at + set * used), load(Y + at + set * used));
+  for (; at + (sets - 1) * used + lanes<Acc> <= length; at += sets * used)
+    unrolled<sets>([&](int set) {
+      step(set, load(X + at + set * used), load(Y + at + set * used));
+      advance(stream);
+    });
   for (; at < length; at += used) {
     const int n = int(length - at < used ? length - at : used);
     step(0, load_partial(X + at, n), load_partial(Y + at, n));
@@ -126,20 +128,21 @@ inline void turn_matrix(const Acc* W, Acc* V) {
 // V: `clients` matrices from turn_matrix.
 template <int R, class Acc>
 inline void position_product(int count, int clients, const Acc* const* X, const Acc* V, bool fresh,
-                             Acc* C) {
+                             Acc* C, Ahead& ahead) {
   constexpr int used = lanes<Acc> / R * R, block = 4;  // vectors that share a load of V
-  auto add = [=](auto vectors, std::int64_t at, Vector<Acc>* c, auto load_x) {
+  const std::int64_t length = std::int64_t(count) * R;
+  Stream stream = take(ahead, R * used, length / used * clients);
+  auto add = [&](auto vectors, std::int64_t at, Vector<Acc>* c, auto load_x) {
     for (int i = 0; i < clients; ++i) {
       Vector<Acc> v[R];
-      FEDROT_UNROLL
-      for (int s = 0; s < R; ++s) v[s] = load(V + (i * R + s) * lanes<Acc>);
-      FEDROT_UNROLL
-      for (int u = 0; u < vectors; ++u)
+      unrolled<R>([&](int s) { v[s] = load(V + (i * R + s) * lanes<Acc>); });
+      unrolled<vectors()>([&](int u) {
         each_turn<R, Acc>(load_x(X[i] + at + u * used),
                           [&](int s, Vector<Acc> turned) { c[u] += turned * v[s]; });
+        advance(stream);
+      });
     }
   };
-  const std::int64_t length = std::int64_t(count) * R;
   std::int64_t at = 0;
   // A store also writes what is behind the lanes used: a zero, or the old sum, which the next
   // vector has to be loaded before.
@@ -147,12 +150,11 @@ inline void position_product(int count, int clients, const Acc* const* X, const 
   if (!fresh && lanes<Acc> <= length) next = load(C);
   for (; at + (block - 1) * used + lanes<Acc> <= length; at += block * used) {
     Vector<Acc> c[block] = {next};
-    FEDROT_UNROLL
-    for (int u = 1; u < block; ++u) c[u] = fresh ? Vector<Acc>{} : load(C + at + u * used);
+    unrolled<block - 1>(
+        [&](int u) { c[u + 1] = fresh ? Vector<Acc>{} : load(C + at + (u + 1) * used); });
     add(std::integral_constant<int, block>{}, at, c, [](const Acc* p) { return load(p); });
     if (!fresh && at + block * used + lanes<Acc> <= length) next = load(C + at + block * used);
-    FEDROT_UNROLL
-    for (int u = 0; u < block; ++u) store(C + at + u * used, c[u]);
+    unrolled<block>([&](int u) { store(C + at + u * used, c[u]); });
   }
   for (; at < length; at += used) {
     const int n = int(length - at < used ? length - at : used);
