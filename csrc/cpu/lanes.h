@@ -163,9 +163,20 @@ class Lanes {
     return square_root<T>(total);
   }
 
+  V largest_column() const {
+    V largest{};
+    for (int j = 0; j < n; ++j) {
+      V total{};
+      for (int i = 0; i < n; ++i) total += X[i * n + j] * X[i * n + j];
+      largest = total > largest ? total : largest;
+    }
+    return square_root<T>(largest);
+  }
+
   // X <- polar factor, `inverse` <- X^-1, as in math/newton.h. Returns where X is not singular.
   M newton_polar(M wanted, T scale, T tolerance, V& sign) {
     constexpr int max_steps = 40;
+    const V largest = scale > 0 ? V{} + scale : largest_column();
     M active = wanted, regular = wanted;
     for (int step = 0; step < max_steps && any(active); ++step) {
       V* Y = step == 0 ? inverse : W;
@@ -175,7 +186,7 @@ class Lanes {
       const V norm_x = norm(X), norm_y = norm(Y);
       if (step == 0) {
         sign = det;
-        good &= norm_y * (scale > 0 ? V{} + scale : norm_x) * tolerance < 1;
+        good &= norm_y * largest * tolerance < 1;
       }
       regular &= good | ~active;
       active &= good;

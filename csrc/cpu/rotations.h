@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../math/rotation.h"
+#include "blocked.h"
 #include "lanes.h"
 
 namespace fedrot {
@@ -14,10 +15,16 @@ inline namespace FEDROT_ISA {
 // the same in any batch.
 constexpr int largest_lane_rank = 16;
 
+template <class Acc>
+inline Acc* align_up(Acc* p) {
+  const std::size_t beyond = reinterpret_cast<std::uintptr_t>(p) % vector_bytes;
+  return beyond ? p + (vector_bytes - beyond) / sizeof(Acc) : p;
+}
+
 // Elements of scratch that rotations() and polars() need: pivots behind the workspace, or vectors.
 template <class Acc>
 std::size_t rotation_scratch(int r) {
-  std::size_t size = workspace_size(r) + r;
+  std::size_t size = workspace_size(r) + r + lanes<Acc> + Simd<Acc>::scratch(r);
   if (r <= largest_lane_rank)
     size = std::max(size, Lanes<Acc>::scratch(r) * lanes<Acc> + lanes<Acc>);
   return size;
@@ -25,9 +32,7 @@ std::size_t rotation_scratch(int r) {
 
 template <class Acc>
 inline bool all_finite(int count, const Acc* X) {
-  Acc zero = 0;
-  for (int e = 0; e < count; ++e) zero += X[e] * 0;
-  return zero == 0;
+  return Simd<Acc>(nullptr).template sum<Acc>(count, [=](int e) { return X[e] * 0; }) == 0;
 }
 
 template <class Acc>
@@ -38,7 +43,8 @@ inline int* pivots_in(int r, Acc* scratch) {
 // M (n, n) -> R (n, n) in place, alone.
 template <class Acc>
 inline void rotate_one(int n, Acc* M, Acc lam, bool proper, Acc* scratch) {
-  rotation(Serial{}, n, M, lam, proper, scratch, pivots_in(n, scratch));
+  rotation(Simd<Acc>(align_up(scratch + workspace_size(n) + n)), n, M, lam, proper, scratch,
+           pivots_in(n, scratch));
 }
 
 // M (count, n, n) -> R in place for count <= lanes<Acc>. Returns the first that is not finite
@@ -46,9 +52,7 @@ inline void rotate_one(int n, Acc* M, Acc lam, bool proper, Acc* scratch) {
 template <class Acc>
 int rotate_lanes(int n, int count, Acc* M, Acc lam, bool proper, Acc* scratch) {
   const Acc eps = epsilon<Acc>() * n;
-  const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(scratch) % vector_bytes;
-  Acc* memory = scratch + (misaligned ? (vector_bytes - misaligned) / sizeof(Acc) : 0);
-  Lanes<Acc> batch(n, reinterpret_cast<Vector<Acc>*>(memory));
+  Lanes<Acc> batch(n, reinterpret_cast<Vector<Acc>*>(align_up(scratch)));
   batch.gather(count, M);
   const Mask<Acc> finite = batch.finite();
   Mask<Acc> done = batch.polar(finite & batch.normalize(), proper, Acc(0), eps);

@@ -59,5 +59,27 @@ FEDROT_HD void multiply_tn(const G& g, int rows, int inner, int cols, const T* A
   g.sync();
 }
 
+// y = P x for a symmetric P (n, n); x and y are different.
+template <class T, class G>
+FEDROT_HD void multiply_symmetric(const G& g, int n, const T* P, const T* x, T* y) {
+  g.each(n, [=](int i) {
+    T total = 0;
+    for (int p = 0; p < n; ++p) total += P[p * n + i] * x[p];
+    y[i] = total;
+  });
+  g.sync();
+}
+
+// The largest norm of a column of X (n, n).
+template <class T, class G>
+FEDROT_HD T largest_column(const G& g, int n, const T* X) {
+  auto squares = [=](int j) {
+    T total = 0;
+    for (int i = 0; i < n; ++i) total += X[i * n + j] * X[i * n + j];
+    return total;
+  };
+  return std::sqrt(squares(g.argmax(0, n, squares)));
+}
+
 }  // namespace FEDROT_ISA
 }  // namespace fedrot

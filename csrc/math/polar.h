@@ -15,28 +15,53 @@ inline namespace FEDROT_ISA {
 constexpr int workspace_matrices = 9;
 FEDROT_HD constexpr long workspace_size(int n) { return long(workspace_matrices) * n * n + n; }
 
+// v <- the eigenvector of the largest eigenvalue of P, symmetric and positive semidefinite, with
+// Frobenius norm `norm`, by power iteration from the v given (unit). Returns false where that takes
+// too long or where it is not certain that no other eigenvalue is larger. image: n elements.
+template <class T, class G>
+FEDROT_HD bool dominant_eigenvector(const G& g, int n, const T* P, T norm, T* v, T* image) {
+  const int max_steps = 4 + n / 4;  // by then squaring P is cheaper
+  const T tolerance = 4 * n * epsilon<T>() * epsilon<T>();
+  for (int step = 0; step < max_steps; ++step) {
+    multiply_symmetric(g, n, P, v, image);
+    const T value = g.template sum<T>(n, [=](int i) { return image[i] * v[i]; });
+    const T residual = g.template sum<T>(n, [=](int i) {
+      const T difference = image[i] - value * v[i];
+      return difference * difference;
+    });
+    const T length = std::sqrt(g.template sum<T>(n, [=](int i) { return image[i] * image[i]; }));
+    g.sync();
+    g.each(n, [=](int i) { v[i] = image[i] / length; });
+    g.sync();
+    // norm^2 is the sum of all squared eigenvalues: what is left for another is less than this one.
+    if (residual <= tolerance * value * value) return norm * norm < 2 * value * value;
+  }
+  return false;
+}
+
 // Orthogonal R with the wrong determinant: R <- R (I - 2 v v^T), v the direction of the smallest
 // singular value of M. `inverse` = M^-1 up to a positive factor; P, Q are n * n, v is n.
-// M^-1 R = V S^-1 V^T, and squaring it k times is 2^k steps of inverse iteration.
+// M^-1 R = V S^-1 V^T, whose largest eigenvalue is sought; squaring the matrix doubles the gap.
 template <class T, class G>
 FEDROT_HD void flip_smallest(const G& g, int n, T* R, const T* inverse, T* P, T* Q, T* v) {
   constexpr int max_squarings =
       sizeof(T) == 4 ? 24 : 53;  // tells singular values apart down to a gap of one rounding
   multiply(g, n, n, n, inverse, n, R, n, Q, n);
-  for (int step = 0; step <= max_squarings; ++step) {
+  for (int step = 0;; ++step) {
     const T trace = g.template sum<T>(n, [=](int i) { return Q[i * n + i]; });
     const T scale = 1 / (2 * trace);
     g.each(n, n, [=](int i, int j) { P[i * n + j] = scale * (Q[i * n + j] + Q[j * n + i]); });
     g.sync();
+    const int j = g.argmax(0, n, [=](int i) { return P[i * n + i]; });
+    const T length =
+        std::sqrt(g.template sum<T>(n, [=](int i) { return P[i * n + j] * P[i * n + j]; }));
+    g.each(n, [=](int i) { v[i] = P[i * n + j] / length; });
+    g.sync();
     const T norm = frobenius(g, n * n, P);  // 1 for a matrix of rank one and trace 1
     if (norm * norm > 1 - 4 * epsilon<T>() || step == max_squarings) break;
+    if (dominant_eigenvector(g, n, P, norm, v, Q)) break;
     multiply(g, n, n, n, P, n, P, n, Q, n);
   }
-  const int j = g.argmax(0, n, [=](int i) { return P[i * n + i]; });
-  const T norm =
-      std::sqrt(g.template sum<T>(n, [=](int i) { return P[i * n + j] * P[i * n + j]; }));
-  g.each(n, [=](int i) { v[i] = P[i * n + j] / norm; });
-  g.sync();
   T* image = Q;
   g.each(n, [=](int i) {
     T total = 0;

@@ -1,0 +1,315 @@
+// The r x r stage for larger r: vectors run along the rows of one matrix. Simd is the group that
+// math/ is given here; the overloads below replace what takes the time there, on copies whose
+// rows are whole vectors.
+#pragma once
+
+#include <cmath>
+#include <utility>
+
+#include "../math/polar.h"
+#include "gemm.h"
+
+namespace fedrot {
+inline namespace FEDROT_ISA {
+
+constexpr int largest_block = 16;  // columns that are eliminated at once
+
+template <class T>
+struct Simd : Serial {
+  T* memory;  // scratch(n) elements, aligned to whole vectors
+  explicit Simd(T* aligned) : memory(aligned) {}
+
+  // As Serial::sum, but in as many partial sums as fill a few vectors.
+  template <class U, class F>
+  U sum(int n, F f) const {
+    constexpr int width = 4 * lanes<T>;
+    U parts[width] = {};
+    int i = 0;
+    for (; i + width <= n; i += width) {
+      FEDROT_INDEPENDENT
+      for (int t = 0; t < width; ++t) parts[t] += f(i + t);
+    }
+    for (int t = 0; i < n; ++i, ++t) parts[t] += f(i);
+    for (int half = width / 2; half > 0; half /= 2)
+      for (int t = 0; t < half; ++t) parts[t] += parts[t + half];
+    return parts[0];
+  }
+
+  // Row stride of a padded copy: whole vectors, the padding zero.
+  static int stride(int n) { return (n + lanes<T> - 1) / lanes<T> * lanes<T>; }
+  static std::size_t matrix(int n) { return std::size_t(n) * stride(n) + lanes<T>; }
+  static std::size_t scratch(int n) {
+    return 2 * matrix(n) + 2 * largest_block * (stride(n) + lanes<T>);
+  }
+};
+
+template <class T>
+inline void pad(int rows, int cols, const T* from, int ld, T* to) {
+  const int stride = Simd<T>::stride(cols);
+  for (int i = 0; i < rows; ++i) {
+    std::memcpy(to + i * stride, from + i * ld, cols * sizeof(T));
+    for (int j = cols; j < stride; ++j) to[i * stride + j] = 0;
+  }
+}
+
+template <class T>
+inline void unpad(int rows, int cols, const T* from, T* to, int ld) {
+  for (int i = 0; i < rows; ++i)
+    std::memcpy(to + i * ld, from + i * Simd<T>::stride(cols), cols * sizeof(T));
+}
+
+template <class T>
+inline Vector<T> magnitude_of(Vector<T> x) {
+  return x < 0 ? -x : x;
+}
+
+// The elements of a and b in turn, the first halves or the second halves.
+template <bool second, class V, int... I>
+inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int L = sizeof...(I), first = second ? L / 2 : 0;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (first + I / 2 + I % 2 * L)...);
+#else
+  return __builtin_shuffle(a, b, decltype(a < b){(first + I / 2 + I % 2 * L)...});
+#endif
+}
+
+// rows[j][i] <- rows[i][j], lanes<T> rows.
+template <class T>
+inline void transpose(Vector<T>* rows) {
+  constexpr int L = lanes<T>;
+  constexpr auto all = std::make_integer_sequence<int, L>();
+  for (int stage = 1; stage < L; stage *= 2) {
+    Vector<T> next[L];
+    for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = interleave<false>(rows[i], rows[i + L / 2], all);
+      next[2 * i + 1] = interleave<true>(rows[i], rows[i + L / 2], all);
+    }
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
+  }
+}
+
+// The first i with the largest |x[i]|, begin <= i < end; x is readable, and zero, for a vector
+// more.
+template <class T>
+inline int largest_at(const T* x, int begin, int end) {
+  Vector<T> best = magnitude_of<T>(load(x + begin));
+  for (int i = begin + lanes<T>; i < end; i += lanes<T>) {
+    const Vector<T> size = magnitude_of<T>(load(x + i));
+    best = size > best ? size : best;
+  }
+  T parts[lanes<T>];
+  store(parts, best);
+  for (int half = lanes<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i)
+      parts[i] = parts[i + half] > parts[i] ? parts[i + half] : parts[i];
+  for (int i = begin; i < end; ++i)
+    if (magnitude(x[i]) == parts[0]) return i;
+  return begin;  // not a number
+}
+
+// LU with partial pivoting of rows c.. of the K columns `panel` (stride ld, n rows) that are
+// columns c.. of a matrix. swaps[k]: the row that row c + k changed places with. Returns the sign
+// of the permutation and the pivots, 0 where a pivot is zero.
+template <int K, class T>
+inline int factor_panel(int n, int c, T* panel, int ld, int* swaps) {
+  int sign = 1;
+  for (int k = 0; k < K; ++k) {
+    T* column = panel + k * ld;
+    const int at = c + k, p = largest_at(column, at, n);
+    if (p != at)
+      for (int j = 0; j < K; ++j) std::swap(panel[j * ld + at], panel[j * ld + p]);
+    swaps[k] = p;
+    const T pivot = column[at];
+    if (!(magnitude(pivot) > 0)) return 0;
+    if ((p != at) != (pivot < 0)) sign = -sign;
+    const T scale = 1 / pivot;
+    for (int i = at + 1; i < n; i += lanes<T>) {
+      const Vector<T> factor = load(column + i) * scale;
+      store(column + i, factor);
+      for (int j = k + 1; j < K; ++j)
+        store(panel + j * ld + i, load(panel + j * ld + i) - factor * panel[j * ld + at]);
+    }
+  }
+  return sign;
+}
+
+// One step of the blocked Gauss-Jordan inversion of Y (n, n): columns c .. c + K.
+template <int K, class T>
+inline int invert_block(int n, int c, T* Y, int ld, T* panel, T* Z, int* order) {
+  constexpr int L = lanes<T>;
+  const int height = ld + L;  // of a panel column
+  // The columns move out of the way, so that the same update does every element.
+  for (int i = 0; i < n; i += L)
+    for (int k = 0; k < K; k += L) {
+      Vector<T> tile[L];
+      for (int t = 0; t < L; ++t)
+        tile[t] = i + t < n ? load(Y + (i + t) * ld + c + k) : Vector<T>{};
+      transpose<T>(tile);
+      for (int t = 0; t < L && k + t < K; ++t) store(panel + (k + t) * height + i, tile[t]);
+    }
+  int swaps[K];
+  const int sign = factor_panel<K>(n, c, panel, height, swaps);
+  if (sign == 0) return 0;
+  for (int i = 0; i < n; ++i)
+    for (int k = 0; k < K; ++k) Y[i * ld + c + k] = 0;
+  for (int k = 0; k < K; ++k) {
+    const int p = swaps[k], at = c + k;
+    if (p == at) continue;
+    std::swap(order[at], order[p]);
+    for (int j = 0; j < ld; j += L) {
+      const Vector<T> row = load(Y + p * ld + j);
+      store(Y + p * ld + j, load(Y + at * ld + j));
+      store(Y + at * ld + j, row);
+    }
+  }
+  T inverse_pivots[K];
+  for (int k = 0; k < K; ++k) {
+    Y[(c + k) * ld + c + k] = 1;
+    inverse_pivots[k] = 1 / panel[k * height + c + k];
+  }
+  // Rows c .. c + K: Z <- L^-1 (...) for the rows below, Y <- U^-1 Z for those above.
+  for (int j = 0; j < ld; j += L) {
+    Vector<T> z[K];
+    for (int k = 0; k < K; ++k) z[k] = load(Y + (c + k) * ld + j);
+    for (int k = 0; k < K; ++k) {
+      for (int i = k + 1; i < K; ++i) z[i] -= panel[k * height + c + i] * z[k];
+      store(Z + k * ld + j, z[k]);
+    }
+    for (int k = K - 1; k >= 0; --k) {
+      z[k] *= inverse_pivots[k];
+      for (int i = 0; i < k; ++i) z[i] -= panel[k * height + c + i] * z[k];
+      store(Y + (c + k) * ld + j, z[k]);
+    }
+  }
+  subtract_product(n - c - K, ld, K, panel + c + K, 1, height, Z, ld, Y + (c + K) * ld, ld);
+  subtract_product(c, ld, K, panel, 1, height, Y + c * ld, ld, Y, ld);
+  return sign;
+}
+
+// Y <- Y^-1 with its columns in another order: column i belongs to column order[i] of the inverse.
+// Returns the sign of det Y, or 0 where a pivot is zero.
+template <class T>
+inline int invert_padded(int n, T* Y, T* panel, T* Z, int* order) {
+  const int ld = Simd<T>::stride(n);
+  for (int i = 0; i < n; ++i) order[i] = i;
+  int sign = 1;
+  for (int c = 0; c < n && sign != 0;) {
+    const int rest = n - c;
+    if (rest >= 16)
+      sign *= invert_block<16>(n, c, Y, ld, panel, Z, order), c += 16;
+    else if (rest >= 8)
+      sign *= invert_block<8>(n, c, Y, ld, panel, Z, order), c += 8;
+    else if (rest >= 4)
+      sign *= invert_block<4>(n, c, Y, ld, panel, Z, order), c += 4;
+    else
+      sign *= invert_block<1>(n, c, Y, ld, panel, Z, order), c += 1;
+  }
+  return sign;
+}
+
+template <class T>
+inline T norm_padded(int count, const T* X) {
+  Vector<T> sums[4] = {};
+  for (int e = 0; e < count; e += lanes<T>) {
+    const Vector<T> x = load(X + e);
+    sums[e / lanes<T> % 4] += x * x;
+  }
+  return std::sqrt(horizontal_sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3])));
+}
+
+// newton_polar() of math/newton.h.
+template <class T>
+inline int newton_polar(const Simd<T>& g, int n, T* given, T scale, T tolerance, T* inverse, T*,
+                        int* order) {
+  constexpr int L = lanes<T>, max_steps = 40;
+  const int ld = Simd<T>::stride(n), count = n * ld;
+  T *X = g.memory, *Y = X + Simd<T>::matrix(n), *panel = Y + Simd<T>::matrix(n),
+    *Z = panel + largest_block * (ld + L);
+  if (!(scale > 0)) scale = largest_column(g, n, given);
+  pad(n, n, given, n, X);
+  for (int e = 0; e < largest_block * (ld + L); ++e) panel[e] = 0;
+  int sign = 0;
+  for (int step = 0; step < max_steps; ++step) {
+    std::memcpy(Y, X, count * sizeof(T));
+    const int det = invert_padded(n, Y, panel, Z, order);
+    if (det == 0) return 0;
+    const T norm_x = norm_padded(count, X), norm_y = norm_padded(count, Y);
+    if (step == 0) {
+      sign = det;
+      if (!(norm_y * scale * tolerance < 1)) return 0;
+      for (int i = 0; i < n; ++i)
+        for (int j = 0; j < n; ++j) inverse[i * n + order[j]] = Y[i * ld + j];
+    }
+    const T gain = std::sqrt(norm_y / norm_x), a = gain / 2, b = 1 / (2 * gain);
+    Vector<T> change{};
+    for (int i = 0; i < n; i += L)
+      for (int j = 0; j < ld; j += L) {
+        Vector<T> tile[L];
+        for (int t = 0; t < L; ++t) tile[t] = j + t < n ? load(Y + (j + t) * ld + i) : Vector<T>{};
+        transpose<T>(tile);
+        for (int t = 0; t < L && i + t < n; ++t) {
+          T* row = X + order[i + t] * ld + j;
+          const Vector<T> old = load(row), next = a * old + b * tile[t];
+          change += (next - old) * (next - old);
+          store(row, next);
+        }
+      }
+    if (horizontal_sum<T>(change) <= epsilon<T>() * n) break;
+  }
+  unpad(n, n, X, given, n);
+  return sign;
+}
+
+// multiply() of math/dense.h.
+template <class T>
+inline void multiply(const Simd<T>& g, int rows, int inner, int cols, const T* A, int lda,
+                     const T* B, int ldb, T* C, int ldc) {
+  const int ld = Simd<T>::stride(cols);
+  T *Y = g.memory, *product = Y + inner * ld;
+  pad(inner, cols, B, ldb, Y);
+  for (int e = 0; e < inner * ld; ++e) Y[e] = -Y[e];
+  for (int e = 0; e < rows * ld; ++e) product[e] = 0;
+  subtract_product(rows, ld, inner, A, lda, 1, Y, ld, product, ld);
+  unpad(rows, cols, product, C, ldc);
+}
+
+template <int Q, class T>
+inline void symmetric_tile(int n, const T* P, const T* x, T* y) {
+  Vector<T> sums[Q] = {};
+  for (int i = 0; i < n; ++i)
+    for (int q = 0; q < Q; ++q) sums[q] += load(P + i * n + q * lanes<T>) * x[i];
+  for (int q = 0; q < Q; ++q) store(y + q * lanes<T>, sums[q]);
+}
+
+// multiply_symmetric() of math/dense.h.
+template <class T>
+inline void multiply_symmetric(const Simd<T>&, int n, const T* P, const T* x, T* y) {
+  constexpr int L = lanes<T>;
+  if (n < L) return multiply_symmetric(Serial{}, n, P, x, y);
+  int j = 0;
+  for (; j + 4 * L <= n; j += 4 * L) symmetric_tile<4>(n, P + j, x, y + j);
+  for (; j + L <= n; j += L) symmetric_tile<1>(n, P + j, x, y + j);
+  if (j < n) symmetric_tile<1>(n, P + n - L, x, y + n - L);  // some of them once more
+}
+
+// normalize() of math/polar.h.
+template <class T>
+inline void normalize(const Simd<T>&, int count, T* X) {
+  constexpr int L = lanes<T>;
+  Vector<T> largest{};
+  int e = 0;
+  for (; e + L <= count; e += L) {
+    const Vector<T> size = magnitude_of<T>(load(X + e));
+    largest = size > largest ? size : largest;
+  }
+  T parts[L], most = 0;
+  store(parts, largest);
+  for (T part : parts) most = part > most ? part : most;
+  for (; e < count; ++e) most = magnitude(X[e]) > most ? magnitude(X[e]) : most;
+  if (most > 0)
+    for (e = 0; e < count; ++e) X[e] /= most;
+}
+
+}  // namespace FEDROT_ISA
+}  // namespace fedrot
