@@ -22,7 +22,8 @@ struct Simd : Serial {
   // As Serial::sum, but in as many partial sums as fill a few vectors.
   template <class U, class F>
   U sum(int n, F f) const {
-    constexpr int width = 4 * lanes<T>;
+    constexpr int width = 2 * lanes<T>;
+    if (n < width) return Serial::sum<U>(n, f);
     U parts[width] = {};
     int i = 0;
     for (; i + width <= n; i += width) {
@@ -89,23 +90,55 @@ inline void transpose(Vector<T>* rows) {
   }
 }
 
+// The lanes of v moved down by `distance`, around the end.
+template <int distance, class V, int... I>
+inline V rotate_lanes_by(V v, std::integer_sequence<int, I...>) {
+  constexpr int L = sizeof...(I);
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, ((I + distance) % L)...);
+#else
+  return __builtin_shuffle(v, decltype(v < v){((I + distance) % L)...});
+#endif
+}
+
+// Every lane of `best` and `at` <- the largest of `best` and its `at`, of equals the smallest `at`.
+template <int distance, class T>
+inline void largest_lane(Vector<T>& best, Mask<T>& at) {
+  constexpr auto all = std::make_integer_sequence<int, lanes<T>>();
+  const Vector<T> other = rotate_lanes_by<distance>(best, all);
+  const Mask<T> other_at = rotate_lanes_by<distance>(at, all);
+  const Mask<T> better = (other > best) | ((other == best) & (other_at < at));
+  best = better ? other : best;
+  at = better ? other_at : at;
+  if constexpr (distance > 1) largest_lane<distance / 2, T>(best, at);
+}
+
+template <class T, int... I>
+inline Mask<T> lane_numbers(std::integer_sequence<int, I...>) {
+  return Mask<T>{I...};
+}
+
 // The first i with the largest |x[i]|, begin <= i < end; x is readable, and zero, for a vector
 // more.
 template <class T>
 inline int largest_at(const T* x, int begin, int end) {
   Vector<T> best = magnitude_of<T>(load(x + begin));
+  Mask<T> here = lane_numbers<T>(std::make_integer_sequence<int, lanes<T>>()), at = here;
   for (int i = begin + lanes<T>; i < end; i += lanes<T>) {
     const Vector<T> size = magnitude_of<T>(load(x + i));
+    here += lanes<T>;
+    at = size > best ? here : at;
     best = size > best ? size : best;
   }
-  T parts[lanes<T>];
-  store(parts, best);
-  for (int half = lanes<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i)
-      parts[i] = parts[i + half] > parts[i] ? parts[i + half] : parts[i];
-  for (int i = begin; i < end; ++i)
-    if (magnitude(x[i]) == parts[0]) return i;
-  return begin;  // not a number
+  largest_lane<lanes<T> / 2, T>(best, at);
+  return begin + int(at[0]);
+}
+
+template <class T>
+inline void exchange(T& x, T& y) {
+  const T old = x;
+  x = y;
+  y = old;
 }
 
 // LU with partial pivoting of rows c.. of the K columns `panel` (stride ld, n rows) that are
@@ -118,17 +151,18 @@ inline int factor_panel(int n, int c, T* panel, int ld, int* swaps) {
     T* column = panel + k * ld;
     const int at = c + k, p = largest_at(column, at, n);
     if (p != at)
-      for (int j = 0; j < K; ++j) std::swap(panel[j * ld + at], panel[j * ld + p]);
+      for (int j = 0; j < K; ++j) exchange(panel[j * ld + at], panel[j * ld + p]);
     swaps[k] = p;
     const T pivot = column[at];
     if (!(magnitude(pivot) > 0)) return 0;
     if ((p != at) != (pivot < 0)) sign = -sign;
     const T scale = 1 / pivot;
-    for (int i = at + 1; i < n; i += lanes<T>) {
-      const Vector<T> factor = load(column + i) * scale;
-      store(column + i, factor);
-      for (int j = k + 1; j < K; ++j)
-        store(panel + j * ld + i, load(panel + j * ld + i) - factor * panel[j * ld + at]);
+    for (int i = at + 1; i < n; i += lanes<T>) store(column + i, load(column + i) * scale);
+    for (int j = k + 1; j < K; ++j) {
+      T* other = panel + j * ld;
+      const T by = other[at];
+      for (int i = at + 1; i < n; i += lanes<T>)
+        store(other + i, load(other + i) - load(column + i) * by);
     }
   }
   return sign;
@@ -148,7 +182,7 @@ inline int invert_block(int n, int c, T* Y, int ld, T* panel, T* Z, int* order) 
       transpose<T>(tile);
       for (int t = 0; t < L && k + t < K; ++t) store(panel + (k + t) * height + i, tile[t]);
     }
-  int swaps[K];
+  int swaps[K] = {};
   const int sign = factor_panel<K>(n, c, panel, height, swaps);
   if (sign == 0) return 0;
   for (int i = 0; i < n; ++i)
@@ -156,7 +190,7 @@ inline int invert_block(int n, int c, T* Y, int ld, T* panel, T* Z, int* order) 
   for (int k = 0; k < K; ++k) {
     const int p = swaps[k], at = c + k;
     if (p == at) continue;
-    std::swap(order[at], order[p]);
+    exchange(order[at], order[p]);
     for (int j = 0; j < ld; j += L) {
       const Vector<T> row = load(Y + p * ld + j);
       store(Y + p * ld + j, load(Y + at * ld + j));
@@ -171,13 +205,18 @@ inline int invert_block(int n, int c, T* Y, int ld, T* panel, T* Z, int* order) 
   // Rows c .. c + K: Z <- L^-1 (...) for the rows below, Y <- U^-1 Z for those above.
   for (int j = 0; j < ld; j += L) {
     Vector<T> z[K];
+    FEDROT_UNROLL
     for (int k = 0; k < K; ++k) z[k] = load(Y + (c + k) * ld + j);
+    FEDROT_UNROLL
     for (int k = 0; k < K; ++k) {
+      FEDROT_UNROLL
       for (int i = k + 1; i < K; ++i) z[i] -= panel[k * height + c + i] * z[k];
       store(Z + k * ld + j, z[k]);
     }
+    FEDROT_UNROLL
     for (int k = K - 1; k >= 0; --k) {
       z[k] *= inverse_pivots[k];
+      FEDROT_UNROLL
       for (int i = 0; i < k; ++i) z[i] -= panel[k * height + c + i] * z[k];
       store(Y + (c + k) * ld + j, z[k]);
     }
@@ -220,13 +259,13 @@ inline T norm_padded(int count, const T* X) {
 
 // newton_polar() of math/newton.h.
 template <class T>
-inline int newton_polar(const Simd<T>& g, int n, T* given, T scale, T tolerance, T* inverse, T*,
-                        int* order) {
+inline int newton_polar(const Simd<T>& g, int n, T* given, T scale, T tolerance, T* inverse,
+                        T* work, int* order) {
   constexpr int L = lanes<T>, max_steps = 40;
   const int ld = Simd<T>::stride(n), count = n * ld;
   T *X = g.memory, *Y = X + Simd<T>::matrix(n), *panel = Y + Simd<T>::matrix(n),
     *Z = panel + largest_block * (ld + L);
-  if (!(scale > 0)) scale = largest_column(g, n, given);
+  if (!(scale > 0)) scale = largest_column(g, n, given, work);
   pad(n, n, given, n, X);
   for (int e = 0; e < largest_block * (ld + L); ++e) panel[e] = 0;
   int sign = 0;
@@ -291,6 +330,50 @@ inline void multiply_symmetric(const Simd<T>&, int n, const T* P, const T* x, T*
   for (; j + 4 * L <= n; j += 4 * L) symmetric_tile<4>(n, P + j, x, y + j);
   for (; j + L <= n; j += L) symmetric_tile<1>(n, P + j, x, y + j);
   if (j < n) symmetric_tile<1>(n, P + n - L, x, y + n - L);  // some of them once more
+}
+
+// column_squares() of math/dense.h.
+template <class T>
+inline void column_squares(const Simd<T>&, int rows, int cols, const T* X, int ld, T* squares) {
+  int j = 0;
+  for (; j + lanes<T> <= cols; j += lanes<T>) {
+    Vector<T> total{};
+    for (int i = 0; i < rows; ++i) {
+      const Vector<T> x = load(X + i * ld + j);
+      total += x * x;
+    }
+    store(squares + j, total);
+  }
+  column_squares(Serial{}, rows, cols - j, X + j, ld, squares + j);
+}
+
+// reflect_rows() of math/polar.h.
+template <class T>
+inline void reflect_rows(const Simd<T>&, int m, int n, T* X, int ld, const T* v) {
+  int j = 0;
+  for (; j + lanes<T> <= n; j += lanes<T>) {
+    Vector<T> dot{};
+    for (int i = 0; i < m; ++i) dot += v[i] * load(X + i * ld + j);
+    dot *= 2;
+    for (int i = 0; i < m; ++i) store(X + i * ld + j, load(X + i * ld + j) - v[i] * dot);
+  }
+  reflect_rows(Serial{}, m, n - j, X + j, ld, v);
+}
+
+// reflect_columns() of math/polar.h.
+template <class T>
+inline void reflect_columns(const Simd<T>&, int m, int n, T* X, int ld, const T* v) {
+  for (int i = 0; i < m; ++i) {
+    T* row = X + i * ld;
+    Vector<T> sums{};
+    int j = 0;
+    for (; j + lanes<T> <= n; j += lanes<T>) sums += load(v + j) * load(row + j);
+    T dot = horizontal_sum<T>(sums);
+    for (; j < n; ++j) dot += v[j] * row[j];
+    dot *= 2;
+    for (j = 0; j + lanes<T> <= n; j += lanes<T>) store(row + j, load(row + j) - dot * load(v + j));
+    for (; j < n; ++j) row[j] -= dot * v[j];
+  }
 }
 
 // normalize() of math/polar.h.

@@ -12,10 +12,6 @@
 namespace fedrot {
 inline namespace FEDROT_ISA {
 
-// All bits of a lane set: true. The integers have the size of T.
-template <class T>
-using Mask = decltype(Vector<T>{} < Vector<T>{});
-
 template <class M>
 inline bool any(M mask) {
   long long parts[sizeof mask / sizeof(long long)], all = 0;

@@ -13,7 +13,7 @@ inline namespace FEDROT_ISA {
 
 // Ranks up to this go one matrix a lane. Nothing but the rank may decide: a matrix must come out
 // the same in any batch.
-constexpr int largest_lane_rank = 16;
+constexpr int largest_lane_rank = 12;
 
 template <class Acc>
 inline Acc* align_up(Acc* p) {

@@ -6,6 +6,14 @@
 
 #include "../math/group.h"
 
+// The loop that follows has few iterations, known to the compiler: its arrays may stay in
+// registers.
+#if defined(__clang__)
+#define FEDROT_UNROLL _Pragma("unroll")
+#else
+#define FEDROT_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace fedrot {
 inline namespace FEDROT_ISA {
 
@@ -32,6 +40,10 @@ using Vector = typename VectorOf<T>::type;
 
 template <class T>
 constexpr int lanes = vector_bytes / int(sizeof(T));
+
+// All bits of a lane set: true. The integers have the size of T.
+template <class T>
+using Mask = decltype(Vector<T>{} < Vector<T>{});
 
 template <class T>
 inline Vector<T> load(const T* p) {

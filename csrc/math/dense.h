@@ -70,15 +70,15 @@ FEDROT_HD void multiply_symmetric(const G& g, int n, const T* P, const T* x, T* 
   g.sync();
 }
 
-// The largest norm of a column of X (n, n).
+// squares[j] = the squared norm of column j of X (rows, cols) with row stride ld.
 template <class T, class G>
-FEDROT_HD T largest_column(const G& g, int n, const T* X) {
-  auto squares = [=](int j) {
+FEDROT_HD void column_squares(const G& g, int rows, int cols, const T* X, int ld, T* squares) {
+  g.each(cols, [=](int j) {
     T total = 0;
-    for (int i = 0; i < n; ++i) total += X[i * n + j] * X[i * n + j];
-    return total;
-  };
-  return std::sqrt(squares(g.argmax(0, n, squares)));
+    for (int i = 0; i < rows; ++i) total += X[i * ld + j] * X[i * ld + j];
+    squares[j] = total;
+  });
+  g.sync();
 }
 
 }  // namespace FEDROT_ISA

@@ -51,6 +51,15 @@ FEDROT_HD int invert(const G& g, int n, T* X, T* column, int* pivots) {
   return sign;
 }
 
+// The largest norm of a column of X (n, n). squares: n elements.
+template <class T, class G>
+FEDROT_HD T largest_column(const G& g, int n, const T* X, T* squares) {
+  column_squares(g, n, n, X, n, squares);
+  const T largest = squares[g.argmax(0, n, [=](int j) { return squares[j]; })];
+  g.sync();
+  return std::sqrt(largest);
+}
+
 // X <- its orthogonal polar factor. Returns the sign of det X, or 0 where X is singular to working
 // precision: |X^-1| times `scale` (times its largest column where scale is 0) above 1 / tolerance;
 // X is then spoilt. `inverse` (n * n) receives X^-1 of the matrix given; work: n * n + n, pivots: n
@@ -60,7 +69,7 @@ FEDROT_HD int newton_polar(const G& g, int n, T* X, T scale, T tolerance, T* inv
                            int* pivots) {
   constexpr int max_steps = 40;  // never reached: 9 steps take condition 1e16 to the unit circle
   const int count = n * n;
-  if (!(scale > 0)) scale = largest_column(g, n, X);
+  if (!(scale > 0)) scale = largest_column(g, n, X, work);
   int sign = 0;
   for (int step = 0; step < max_steps; ++step) {
     T* Y = step == 0 ? inverse : work;

@@ -119,13 +119,9 @@ FEDROT_HD int orthogonal_decomposition(const G& g, int m, T* X, T scale, T toler
   int rank = 0;
   for (; rank < m; ++rank) {  // QR with column pivoting
     const int k = rank;
-    auto tail = [=](int j) {
-      T total = 0;
-      for (int i = k; i < m; ++i) total += X[i * m + j] * X[i * m + j];
-      return total;
-    };
-    const int p = g.argmax(k, m, tail);
-    const T largest = std::sqrt(tail(p));
+    column_squares(g, m - k, m - k, X + k * m + k, m, Y);
+    const int p = k + g.argmax(0, m - k, [=](int j) { return Y[j]; });
+    const T largest = std::sqrt(Y[p - k]);
     g.sync();
     if (k == 0 && !(scale > 0)) scale = largest;
     if (!(largest > tolerance * scale)) break;
@@ -226,11 +222,11 @@ FEDROT_HD void polar(const G& g, int n, T* X, int det, T scale, T tolerance, T* 
     multiply(g, n, m, done, left, m, U, m, P, done);
     multiply(g, n, done, done, P, done, block, done, Q, done);
     multiply(g, n, m, done, right, m, V, m, P, done);
-    g.each(n, n, [=](int i, int j) {
-      T sum = 0;
-      for (int p = 0; p < done; ++p) sum += Q[i * done + p] * P[j * done + p];
-      total[i * n + j] += sum;
-    });
+    T *transposed = inverse, *product = M;
+    g.each(n, done, [=](int i, int p) { transposed[p * n + i] = P[i * done + p]; });
+    g.sync();
+    multiply(g, n, done, n, Q, done, transposed, n, product, n);
+    g.each(count, [=](int e) { total[e] += product[e]; });
     g.sync();
     if (done == m) break;
     // What is left: left <- left U_2, right <- right V_2, M <- U_2^T V_2
