@@ -28,11 +28,6 @@ inline Vector<T> square_root(Vector<T> x) {
   return load(parts);
 }
 
-template <class V>
-inline V magnitude_lanes(V x) {
-  return x < 0 ? -x : x;
-}
-
 template <class M, class V>
 inline void exchange(M where, V& x, V& y) {
   const V old = x;
@@ -87,7 +82,7 @@ class Lanes {
   M normalize() {
     V largest{};
     for (int e = 0; e < n * n; ++e) {
-      const V size = magnitude_lanes(X[e]);
+      const V size = magnitude_of<T>(X[e]);
       largest = size > largest ? size : largest;
     }
     for (int e = 0; e < n * n; ++e) X[e] /= largest;
@@ -116,10 +111,10 @@ class Lanes {
     sign = V{} + 1;
     M good = sign > 0;
     for (int c = 0; c < n; ++c) {
-      V largest = magnitude_lanes(Y[c * n + c]);
+      V largest = magnitude_of<T>(Y[c * n + c]);
       M at = M{} + c;
       for (int i = c + 1; i < n; ++i) {
-        const V size = magnitude_lanes(Y[i * n + c]);
+        const V size = magnitude_of<T>(Y[i * n + c]);
         const M larger = size > largest;
         largest = larger ? size : largest;
         at = larger ? M{} + i : at;

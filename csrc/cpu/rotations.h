@@ -5,14 +5,14 @@
 #include <cstdint>
 
 #include "../math/rotation.h"
-#include "blocked.h"
 #include "lanes.h"
+#include "simd_group.h"
 
 namespace fedrot {
 inline namespace FEDROT_ISA {
 
-// Ranks up to this go one matrix a lane. Nothing but the rank may decide: a matrix must come out
-// the same in any batch.
+// Ranks up to this go one matrix a lane, which takes a few matrices to pay. Nothing but the rank
+// may decide: a matrix must come out the same in any batch.
 constexpr int largest_lane_rank = 12;
 
 template <class Acc>

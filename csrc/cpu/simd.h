@@ -57,6 +57,11 @@ inline void store(T* p, Vector<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+template <class T>
+inline Vector<T> magnitude_of(Vector<T> x) {
+  return x < 0 ? -x : x;
+}
+
 // Lanes are added pairwise, in the same order on every call.
 template <class T>
 inline T horizontal_sum(Vector<T> v) {

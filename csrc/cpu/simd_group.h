@@ -4,15 +4,12 @@
 #pragma once
 
 #include <cmath>
-#include <utility>
 
 #include "../math/polar.h"
-#include "gemm.h"
+#include "invert.h"
 
 namespace fedrot {
 inline namespace FEDROT_ISA {
-
-constexpr int largest_block = 16;  // columns that are eliminated at once
 
 template <class T>
 struct Simd : Serial {
@@ -60,194 +57,6 @@ inline void unpad(int rows, int cols, const T* from, T* to, int ld) {
 }
 
 template <class T>
-inline Vector<T> magnitude_of(Vector<T> x) {
-  return x < 0 ? -x : x;
-}
-
-// The elements of a and b in turn, the first halves or the second halves.
-template <bool second, class V, int... I>
-inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
-  constexpr int L = sizeof...(I), first = second ? L / 2 : 0;
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, (first + I / 2 + I % 2 * L)...);
-#else
-  return __builtin_shuffle(a, b, decltype(a < b){(first + I / 2 + I % 2 * L)...});
-#endif
-}
-
-// rows[j][i] <- rows[i][j], lanes<T> rows.
-template <class T>
-inline void transpose(Vector<T>* rows) {
-  constexpr int L = lanes<T>;
-  constexpr auto all = std::make_integer_sequence<int, L>();
-  for (int stage = 1; stage < L; stage *= 2) {
-    Vector<T> next[L];
-    for (int i = 0; i < L / 2; ++i) {
-      next[2 * i] = interleave<false>(rows[i], rows[i + L / 2], all);
-      next[2 * i + 1] = interleave<true>(rows[i], rows[i + L / 2], all);
-    }
-    for (int i = 0; i < L; ++i) rows[i] = next[i];
-  }
-}
-
-// The lanes of v moved down by `distance`, around the end.
-template <int distance, class V, int... I>
-inline V rotate_lanes_by(V v, std::integer_sequence<int, I...>) {
-  constexpr int L = sizeof...(I);
-#if defined(__clang__)
-  return __builtin_shufflevector(v, v, ((I + distance) % L)...);
-#else
-  return __builtin_shuffle(v, decltype(v < v){((I + distance) % L)...});
-#endif
-}
-
-// Every lane of `best` and `at` <- the largest of `best` and its `at`, of equals the smallest `at`.
-template <int distance, class T>
-inline void largest_lane(Vector<T>& best, Mask<T>& at) {
-  constexpr auto all = std::make_integer_sequence<int, lanes<T>>();
-  const Vector<T> other = rotate_lanes_by<distance>(best, all);
-  const Mask<T> other_at = rotate_lanes_by<distance>(at, all);
-  const Mask<T> better = (other > best) | ((other == best) & (other_at < at));
-  best = better ? other : best;
-  at = better ? other_at : at;
-  if constexpr (distance > 1) largest_lane<distance / 2, T>(best, at);
-}
-
-template <class T, int... I>
-inline Mask<T> lane_numbers(std::integer_sequence<int, I...>) {
-  return Mask<T>{I...};
-}
-
-// The first i with the largest |x[i]|, begin <= i < end; x is readable, and zero, for a vector
-// more.
-template <class T>
-inline int largest_at(const T* x, int begin, int end) {
-  Vector<T> best = magnitude_of<T>(load(x + begin));
-  Mask<T> here = lane_numbers<T>(std::make_integer_sequence<int, lanes<T>>()), at = here;
-  for (int i = begin + lanes<T>; i < end; i += lanes<T>) {
-    const Vector<T> size = magnitude_of<T>(load(x + i));
-    here += lanes<T>;
-    at = size > best ? here : at;
-    best = size > best ? size : best;
-  }
-  largest_lane<lanes<T> / 2, T>(best, at);
-  return begin + int(at[0]);
-}
-
-template <class T>
-inline void exchange(T& x, T& y) {
-  const T old = x;
-  x = y;
-  y = old;
-}
-
-// LU with partial pivoting of rows c.. of the K columns `panel` (stride ld, n rows) that are
-// columns c.. of a matrix. swaps[k]: the row that row c + k changed places with. Returns the sign
-// of the permutation and the pivots, 0 where a pivot is zero.
-template <int K, class T>
-inline int factor_panel(int n, int c, T* panel, int ld, int* swaps) {
-  int sign = 1;
-  for (int k = 0; k < K; ++k) {
-    T* column = panel + k * ld;
-    const int at = c + k, p = largest_at(column, at, n);
-    if (p != at)
-      for (int j = 0; j < K; ++j) exchange(panel[j * ld + at], panel[j * ld + p]);
-    swaps[k] = p;
-    const T pivot = column[at];
-    if (!(magnitude(pivot) > 0)) return 0;
-    if ((p != at) != (pivot < 0)) sign = -sign;
-    const T scale = 1 / pivot;
-    for (int i = at + 1; i < n; i += lanes<T>) store(column + i, load(column + i) * scale);
-    for (int j = k + 1; j < K; ++j) {
-      T* other = panel + j * ld;
-      const T by = other[at];
-      for (int i = at + 1; i < n; i += lanes<T>)
-        store(other + i, load(other + i) - load(column + i) * by);
-    }
-  }
-  return sign;
-}
-
-// One step of the blocked Gauss-Jordan inversion of Y (n, n): columns c .. c + K.
-template <int K, class T>
-inline int invert_block(int n, int c, T* Y, int ld, T* panel, T* Z, int* order) {
-  constexpr int L = lanes<T>;
-  const int height = ld + L;  // of a panel column
-  // The columns move out of the way, so that the same update does every element.
-  for (int i = 0; i < n; i += L)
-    for (int k = 0; k < K; k += L) {
-      Vector<T> tile[L];
-      for (int t = 0; t < L; ++t)
-        tile[t] = i + t < n ? load(Y + (i + t) * ld + c + k) : Vector<T>{};
-      transpose<T>(tile);
-      for (int t = 0; t < L && k + t < K; ++t) store(panel + (k + t) * height + i, tile[t]);
-    }
-  int swaps[K] = {};
-  const int sign = factor_panel<K>(n, c, panel, height, swaps);
-  if (sign == 0) return 0;
-  for (int i = 0; i < n; ++i)
-    for (int k = 0; k < K; ++k) Y[i * ld + c + k] = 0;
-  for (int k = 0; k < K; ++k) {
-    const int p = swaps[k], at = c + k;
-    if (p == at) continue;
-    exchange(order[at], order[p]);
-    for (int j = 0; j < ld; j += L) {
-      const Vector<T> row = load(Y + p * ld + j);
-      store(Y + p * ld + j, load(Y + at * ld + j));
-      store(Y + at * ld + j, row);
-    }
-  }
-  T inverse_pivots[K];
-  for (int k = 0; k < K; ++k) {
-    Y[(c + k) * ld + c + k] = 1;
-    inverse_pivots[k] = 1 / panel[k * height + c + k];
-  }
-  // Rows c .. c + K: Z <- L^-1 (...) for the rows below, Y <- U^-1 Z for those above.
-  for (int j = 0; j < ld; j += L) {
-    Vector<T> z[K];
-    FEDROT_UNROLL
-    for (int k = 0; k < K; ++k) z[k] = load(Y + (c + k) * ld + j);
-    FEDROT_UNROLL
-    for (int k = 0; k < K; ++k) {
-      FEDROT_UNROLL
-      for (int i = k + 1; i < K; ++i) z[i] -= panel[k * height + c + i] * z[k];
-      store(Z + k * ld + j, z[k]);
-    }
-    FEDROT_UNROLL
-    for (int k = K - 1; k >= 0; --k) {
-      z[k] *= inverse_pivots[k];
-      FEDROT_UNROLL
-      for (int i = 0; i < k; ++i) z[i] -= panel[k * height + c + i] * z[k];
-      store(Y + (c + k) * ld + j, z[k]);
-    }
-  }
-  subtract_product(n - c - K, ld, K, panel + c + K, 1, height, Z, ld, Y + (c + K) * ld, ld);
-  subtract_product(c, ld, K, panel, 1, height, Y + c * ld, ld, Y, ld);
-  return sign;
-}
-
-// Y <- Y^-1 with its columns in another order: column i belongs to column order[i] of the inverse.
-// Returns the sign of det Y, or 0 where a pivot is zero.
-template <class T>
-inline int invert_padded(int n, T* Y, T* panel, T* Z, int* order) {
-  const int ld = Simd<T>::stride(n);
-  for (int i = 0; i < n; ++i) order[i] = i;
-  int sign = 1;
-  for (int c = 0; c < n && sign != 0;) {
-    const int rest = n - c;
-    if (rest >= 16)
-      sign *= invert_block<16>(n, c, Y, ld, panel, Z, order), c += 16;
-    else if (rest >= 8)
-      sign *= invert_block<8>(n, c, Y, ld, panel, Z, order), c += 8;
-    else if (rest >= 4)
-      sign *= invert_block<4>(n, c, Y, ld, panel, Z, order), c += 4;
-    else
-      sign *= invert_block<1>(n, c, Y, ld, panel, Z, order), c += 1;
-  }
-  return sign;
-}
-
-template <class T>
 inline T norm_padded(int count, const T* X) {
   Vector<T> sums[4] = {};
   for (int e = 0; e < count; e += lanes<T>) {
@@ -271,7 +80,7 @@ inline int newton_polar(const Simd<T>& g, int n, T* given, T scale, T tolerance,
   int sign = 0;
   for (int step = 0; step < max_steps; ++step) {
     std::memcpy(Y, X, count * sizeof(T));
-    const int det = invert_padded(n, Y, panel, Z, order);
+    const int det = invert(n, Y, ld, panel, Z, order);
     if (det == 0) return 0;
     const T norm_x = norm_padded(count, X), norm_y = norm_padded(count, Y);
     if (step == 0) {
