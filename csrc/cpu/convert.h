@@ -48,6 +48,11 @@ inline float widen(Float16 x) {
 #endif
 }
 
+inline bool is_finite(float x) { return x * 0 == 0; }
+inline bool is_finite(double x) { return x * 0 == 0; }
+inline bool is_finite(BFloat16 x) { return (x.bits & 0x7f80) != 0x7f80; }
+inline bool is_finite(Float16 x) { return (x.bits & 0x7c00) != 0x7c00; }
+
 inline void narrow(double x, float& y) { y = float(x); }
 inline void narrow(double x, double& y) { y = x; }
 inline void narrow(float x, float& y) { y = x; }

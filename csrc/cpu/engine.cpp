@@ -1,7 +1,8 @@
 // Cuts a call into units of work and spreads them over threads. Two ways, with the same bits:
-//   whole layers   a unit is a layer: as many clients as a core's own cache holds get their
-//                  covariances, rotations and their share of the average before the next ones are
-//                  read, so that the second read of every factor comes from cache
+//   whole layers   a unit is a layer. Where a core's own cache holds several clients, each block of
+//                  them gets covariances, rotations and its share of the average before the next
+//                  one is read, so that the second read comes from that cache; else all clients
+//                  are read twice. What comes next is fetched meanwhile (ahead.h).
 //   parts          for few layers: first the rotations (unit: layer x block of clients), then the
 //                  average (unit: layer x side x range of positions)
 #include "engine.h"
@@ -32,8 +33,7 @@ int largest_rank(const Problem& p) {
   return r;
 }
 
-// Bytes of client factors that a core's second-level cache keeps beside as many of the next block,
-// the reference and the result.
+// Bytes of client factors that a core's second-level cache keeps beside the next ones.
 std::int64_t cache_bytes() {
   static const std::int64_t bytes = [] {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
@@ -50,6 +50,24 @@ std::unique_ptr<T[]> uninitialized(std::size_t count) {
   return std::unique_ptr<T[]>(new T[count]);
 }
 
+// Positions begin <= t < end of A or B.
+struct Range {
+  Side side;
+  std::int64_t begin, end;
+};
+
+// Both factors of a layer in ranges that are short enough for every thread to get some.
+std::vector<Range> ranges_of(const Layer& s) {
+  constexpr std::int64_t length = 512;
+  std::vector<Range> ranges;
+  for (const Side side : {Side::A, Side::B}) {
+    const std::int64_t all = side == Side::A ? s.k : s.d;
+    for (std::int64_t t = 0; t < all; t += length)
+      ranges.push_back({side, t, std::min(t + length, all)});
+  }
+  return ranges;
+}
+
 template <class Acc>
 class Engine {
  public:
@@ -59,7 +77,6 @@ class Engine {
     for (int l = 0; l < problem.layers; ++l) {
       const Layer s = problem.shapes[l];
       panels_ = std::max<std::size_t>(panels_, s.r * (s.d + s.k));
-      matrices_ = std::max(matrices_, cached_clients(l) * square(l));
     }
   }
 
@@ -74,8 +91,9 @@ class Engine {
 
   bool rotations(void* const* out) {
     each_block([&](int layer, int first, int last, Arena& arena) {
-      const Acc* R = arena.matrices;
-      rotate(layer, first, last, reference(layer, arena), arena.matrices, arena);
+      Acc* R = matrices(layer, last - first, arena);
+      covariances(layer, first, last, R, arena);
+      rotate(layer, last - first, R, arena);
       for (int i = first; i < last; ++i, R += square(layer)) {
         const int index = i * problem_.layers + layer;
         const std::size_t count = std::size_t(problem_.ranks[index]) * problem_.shapes[layer].r;
@@ -88,33 +106,50 @@ class Engine {
  private:
   // What one thread works in; made when it takes its first unit.
   struct Arena {
-    Ahead ahead{};
+    std::unique_ptr<Acc[]> memory, matrices;
+    Acc *scratch, *panels, *sums;
+    std::size_t matrices_size = 0;
     std::vector<Ahead::Segment> segments;
-    std::unique_ptr<Acc[]> memory;
-    Acc *scratch, *panels, *sums, *matrices;
+    Ahead ahead{};
   };
 
   Arena& arena(int thread) {
     Arena& a = arenas_[thread];
     if (!a.memory) {
-      a.memory = uninitialized<Acc>(scratch_ + 2 * panels_ + matrices_);
+      a.memory = uninitialized<Acc>(scratch_ + 2 * panels_);
       a.scratch = a.memory.get();
       a.panels = a.scratch + scratch_;
       a.sums = a.panels + panels_;
-      a.matrices = a.sums + panels_;
     }
     return a;
+  }
+
+  // Room for (clients, r, r).
+  Acc* matrices(int layer, int clients, Arena& arena) const {
+    const std::size_t size = clients * square(layer);
+    if (arena.matrices_size < size) {
+      arena.matrices = uninitialized<Acc>(size);
+      arena.matrices_size = size;
+    }
+    return arena.matrices.get();
   }
 
   std::size_t square(int layer) const {
     return std::size_t(problem_.shapes[layer].r) * problem_.shapes[layer].r;
   }
 
-  // How many clients' factors of one layer fit the cache together.
-  std::int64_t cached_clients(int layer) const {
+  std::int64_t client_bytes(int layer) const {
     const Layer s = problem_.shapes[layer];
-    const std::int64_t bytes = bytes_of(problem_.client_dtype) * s.r * (s.d + s.k);
-    return std::clamp<std::int64_t>(cache_bytes() / bytes, 1, problem_.clients);
+    return bytes_of(problem_.client_dtype) * s.r * (s.d + s.k);
+  }
+
+  // Clients of one layer that the cache holds together, or 0 where it is not worth while: every
+  // block of clients but the first reads the sums of those before it and writes them again.
+  int cached_clients(int layer) const {
+    constexpr int fewest = 4;
+    const std::int64_t cached = cache_bytes() / client_bytes(layer);
+    if (cached >= problem_.clients) return problem_.clients;
+    return cached < fewest ? 0 : int(cached);
   }
 
   Reference<Acc> reference(int layer, Arena& arena) const {
@@ -123,20 +158,21 @@ class Engine {
     return kernels_.load_reference(problem_, layer, arena.panels, arena.scratch);
   }
 
-  // R (last - first, r, r) <- the rotations of these clients.
-  void rotate(int layer, int first, int last, const Reference<Acc>& reference, Acc* R,
-              Arena& arena) {
-    const int r = problem_.shapes[layer].r;
-    if (!(problem_.lam > 0)) {
-      std::fill(R, R + (last - first) * square(layer), Acc(0));
-      for (int i = first; i < last; ++i, R += square(layer))
-        for (int p = 0; p < r; ++p) R[p * r + p] = 1;
-      return;
-    }
-    for (int i = first; i < last; ++i)
-      kernels_.covariance(problem_, layer, i, reference, arena.ahead,
-                          R + (i - first) * square(layer), arena.scratch);
-    if (!kernels_.rotations(r, last - first, R, problem_.lam, problem_.proper, arena.scratch))
+  void covariance(int layer, int client, const Reference<Acc>& reference, Acc* M, Arena& arena) {
+    if (problem_.lam > 0)
+      kernels_.covariance(problem_, layer, client, reference, arena.ahead, M, arena.scratch);
+  }
+
+  void covariances(int layer, int first, int last, Acc* M, Arena& arena) {
+    const Reference<Acc> reference = this->reference(layer, arena);
+    for (int i = first; i < last; ++i, M += square(layer))
+      covariance(layer, i, reference, M, arena);
+  }
+
+  // M (count, r, r) -> R
+  void rotate(int layer, int count, Acc* M, Arena& arena) {
+    if (!kernels_.rotations(problem_.shapes[layer].r, count, M, problem_.lam, problem_.proper,
+                            arena.scratch))
       finite_ = false;
   }
 
@@ -146,112 +182,154 @@ class Engine {
       for (const Acc* end = R + square(layer); R < end; ++R) *R *= Acc(problem_.weights[i]);
   }
 
+  void average(int layer, const Range& range, int first, int last, const Acc* W, const Matrix& out,
+               Acc* sums, Arena& arena) {
+    if (!kernels_.apply(problem_, layer, range.side, range.begin, range.end, first, last, W,
+                        arena.ahead, out, sums, arena.scratch))
+      finite_ = false;
+  }
+
   void whole_layers(const Matrix* out_A, const Matrix* out_B) {
     std::atomic<int> taken{0};
     parallel_for(std::min(threads_, problem_.layers), threads_, [&](int, int thread) {
       // The next layer is taken before this one is done: its first clients are fetched meanwhile.
       for (int layer = taken++, next; layer < problem_.layers; layer = next) {
         next = taken++;
-        whole_layer(layer, next, out_A[layer], out_B[layer], arena(thread));
+        if (cached_clients(layer) > 0)
+          read_once(layer, next, out_A[layer], out_B[layer], arena(thread));
+        else
+          read_twice(layer, next, out_A[layer], out_B[layer], arena(thread));
       }
     });
   }
 
-  void whole_layer(int layer, int next, const Matrix& out_A, const Matrix& out_B, Arena& arena) {
+  void read_once(int layer, int next, const Matrix& out_A, const Matrix& out_B, Arena& arena) {
     const Layer s = problem_.shapes[layer];
-    const int block = int(cached_clients(layer));
+    const int block = cached_clients(layer);
     const Reference<Acc> reference = this->reference(layer, arena);
+    Acc* W = matrices(layer, block, arena);
     Acc* sums_A = block < problem_.clients ? arena.sums : nullptr;
     Acc* sums_B = sums_A ? sums_A + s.r * s.k : nullptr;
     for (int first = 0; first < problem_.clients; first += block) {
       const int last = std::min(first + block, problem_.clients);
-      const double work = 2. * s.r * s.r * (s.d + s.k) * (last - first);
-      arena.ahead = {};
+      arena.segments.clear();
       if (last < problem_.clients)
-        look_ahead(layer, last, std::min(last + block, problem_.clients), work, arena);
-      else if (next < problem_.layers)
-        look_ahead(next, 0, int(cached_clients(next)), work, arena);
-      rotate(layer, first, last, reference, arena.matrices, arena);
-      weigh(layer, first, last, arena.matrices);
-      if (!kernels_.apply(problem_, layer, Side::A, 0, s.k, first, last, arena.matrices,
-                          arena.ahead, out_A, sums_A, arena.scratch) ||
-          !kernels_.apply(problem_, layer, Side::B, 0, s.d, first, last, arena.matrices,
-                          arena.ahead, out_B, sums_B, arena.scratch))
-        finite_ = false;
+        fetch(layer, last, std::min(last + block, problem_.clients), arena);
+      else
+        fetch_layer(next, arena);
+      spread(2. * (last - first) * square(layer) * (s.d + s.k), arena);
+      for (int i = first; i < last; ++i)
+        covariance(layer, i, reference, W + (i - first) * square(layer), arena);
+      rotate(layer, last - first, W, arena);
+      weigh(layer, first, last, W);
+      average(layer, {Side::A, 0, s.k}, first, last, W, out_A, sums_A, arena);
+      average(layer, {Side::B, 0, s.d}, first, last, W, out_B, sums_B, arena);
     }
   }
 
-  // Spreads the fetching of these clients over `work` multiply-adds.
-  void look_ahead(int layer, int first, int last, double work, Arena& arena) const {
+  void read_twice(int layer, int next, const Matrix& out_A, const Matrix& out_B, Arena& arena) {
+    const Layer s = problem_.shapes[layer];
+    const Reference<Acc> reference = this->reference(layer, arena);
+    const std::vector<Range> ranges = ranges_of(s);
+    Acc* W = matrices(layer, problem_.clients, arena);
+    for (int i = 0; i < problem_.clients; ++i) {
+      arena.segments.clear();
+      if (i + 1 < problem_.clients)
+        fetch(layer, i + 1, i + 2, arena);
+      else
+        fetch(layer, ranges.front(), arena);
+      spread(double(square(layer)) * (s.d + s.k), arena);
+      covariance(layer, i, reference, W + i * square(layer), arena);
+    }
+    rotate(layer, problem_.clients, W, arena);
+    weigh(layer, 0, problem_.clients, W);
+    for (std::size_t j = 0; j < ranges.size(); ++j) {
+      const Range& range = ranges[j];
+      arena.segments.clear();
+      if (j + 1 < ranges.size())
+        fetch(layer, ranges[j + 1], arena);
+      else
+        fetch_layer(next, arena);
+      spread(double(problem_.clients) * square(layer) * (range.end - range.begin), arena);
+      average(layer, range, 0, problem_.clients, W, range.side == Side::A ? out_A : out_B, nullptr,
+              arena);
+    }
+  }
+
+  // fetch: adds what comes next to the list. Factors with gaps between their rows are left out.
+  void fetch(int layer, int first, int last, Arena& arena) const {
     const Layer s = problem_.shapes[layer];
     const std::int64_t size = bytes_of(problem_.client_dtype);
-    arena.segments.clear();
-    double bytes = 0;
     for (int i = first; i < last; ++i) {
       const int index = i * problem_.layers + layer, rank = problem_.ranks[index];
       const Matrix &A = problem_.lora_A[index], &B = problem_.lora_B[index];
-      if (A.row_stride != s.k || B.row_stride != rank) continue;  // there are gaps in between
+      if (A.row_stride != s.k || B.row_stride != rank) continue;
       arena.segments.push_back({static_cast<const char*>(A.data), size * rank * s.k});
       arena.segments.push_back({static_cast<const char*>(B.data), size * rank * s.d});
-      bytes += double(size) * rank * (s.d + s.k);
     }
-    constexpr double hurry = 1.2;  // loops whose length is no multiple of their step ask for less
+  }
+  void fetch(int layer, const Range& range, Arena& arena) const {
+    const std::int64_t size = bytes_of(problem_.client_dtype), count = range.end - range.begin;
+    for (int i = 0; i < problem_.clients; ++i) {
+      const int index = i * problem_.layers + layer, rank = problem_.ranks[index];
+      const Matrix& m = (range.side == Side::A ? problem_.lora_A : problem_.lora_B)[index];
+      const char* data = static_cast<const char*>(m.data);
+      if (range.side == Side::A)
+        for (int p = 0; p < rank; ++p)
+          arena.segments.push_back({data + size * (p * m.row_stride + range.begin), size * count});
+      else if (m.row_stride == rank)
+        arena.segments.push_back({data + size * range.begin * rank, size * count * rank});
+    }
+  }
+  void fetch_layer(int layer, Arena& arena) const {
+    if (layer < problem_.layers) fetch(layer, 0, std::max(1, cached_clients(layer)), arena);
+  }
+
+  // Spreads the fetching of the list over that many multiply-adds.
+  void spread(double multiply_adds, Arena& arena) const {
+    constexpr double hurry = 1;
+    double bytes = 0;
+    for (const Ahead::Segment& segment : arena.segments) bytes += double(segment.bytes);
     const Ahead::Segment* segments = arena.segments.data();
-    arena.ahead = {segments, segments + arena.segments.size(), 0, hurry * bytes / work};
+    arena.ahead = {segments, segments + arena.segments.size(), 0, hurry * bytes / multiply_adds};
   }
 
   // work(layer, first, last, arena) for blocks of clients of every layer.
   template <class F>
   void each_block(F work) {
-    std::vector<int> first_unit(problem_.layers + 1, 0);
-    auto block = [&](int layer) {  // small enough for every thread to get some
-      const std::int64_t share = std::int64_t(problem_.clients) * problem_.layers / (4 * threads_);
-      return int(std::clamp<std::int64_t>(share, 1, cached_clients(layer)));
+    struct Block {
+      int layer, first, last;
     };
+    std::vector<Block> blocks;
+    // Every thread gets some, and none has to share a load of the reference with too few others.
+    const std::int64_t share = std::int64_t(problem_.clients) * problem_.layers / (4 * threads_);
+    const int size = int(std::clamp<std::int64_t>(share, 1, 16));
     for (int l = 0; l < problem_.layers; ++l)
-      first_unit[l + 1] = first_unit[l] + (problem_.clients + block(l) - 1) / block(l);
-    each_part(first_unit, [&](int layer, int part, int thread) {
-      const int first = part * block(layer),
-                last = std::min(first + block(layer), problem_.clients);
-      work(layer, first, last, arena(thread));
-    });
-  }
-
-  // work(item, part, thread) for the parts of every item: item's units begin at first_unit[item].
-  template <class F>
-  void each_part(const std::vector<int>& first_unit, F work) {
-    parallel_for(first_unit.back(), threads_, [&](int unit, int thread) {
-      const auto next = std::upper_bound(first_unit.begin(), first_unit.end(), unit);
-      const int item = int(next - first_unit.begin()) - 1;
-      work(item, unit - first_unit[item], thread);
+      for (int first = 0; first < problem_.clients; first += size)
+        blocks.push_back({l, first, std::min(first + size, problem_.clients)});
+    parallel_for(int(blocks.size()), threads_, [&](int unit, int thread) {
+      work(blocks[unit].layer, blocks[unit].first, blocks[unit].last, arena(thread));
     });
   }
 
   void in_parts(const Matrix* out_A, const Matrix* out_B) {
-    constexpr std::int64_t range = 512;  // positions a unit
     std::vector<std::size_t> offset(problem_.layers + 1, 0);
     for (int l = 0; l < problem_.layers; ++l)
       offset[l + 1] = offset[l] + problem_.clients * square(l);
     const auto W = uninitialized<Acc>(offset.back());
     each_block([&](int layer, int first, int last, Arena& arena) {
       Acc* Wi = W.get() + offset[layer] + first * square(layer);
-      rotate(layer, first, last, reference(layer, arena), Wi, arena);
+      covariances(layer, first, last, Wi, arena);
+      rotate(layer, last - first, Wi, arena);
       weigh(layer, first, last, Wi);
     });
-    std::vector<int> first_unit(2 * problem_.layers + 1, 0);
-    for (int item = 0; item < 2 * problem_.layers; ++item) {
-      const Layer s = problem_.shapes[item / 2];
-      first_unit[item + 1] = first_unit[item] + int(((item % 2 ? s.d : s.k) + range - 1) / range);
-    }
-    each_part(first_unit, [&](int item, int part, int thread) {
-      const int layer = item / 2;
-      const Side side = item % 2 ? Side::B : Side::A;
-      const Layer s = problem_.shapes[layer];
-      const std::int64_t begin = part * range, length = side == Side::A ? s.k : s.d;
-      if (!kernels_.apply(problem_, layer, side, begin, std::min(begin + range, length), 0,
-                          problem_.clients, W.get() + offset[layer], arena(thread).ahead,
-                          (side == Side::A ? out_A : out_B)[layer], nullptr, arena(thread).scratch))
-        finite_ = false;
+    std::vector<std::pair<int, Range>> units;
+    for (int l = 0; l < problem_.layers; ++l)
+      for (const Range& range : ranges_of(problem_.shapes[l])) units.emplace_back(l, range);
+    parallel_for(int(units.size()), threads_, [&](int unit, int thread) {
+      const auto& [layer, range] = units[unit];
+      average(layer, range, 0, problem_.clients, W.get() + offset[layer],
+              (range.side == Side::A ? out_A : out_B)[layer], nullptr, arena(thread));
     });
   }
 
@@ -259,14 +337,15 @@ class Engine {
   const Kernels<Acc>& kernels_ = kernels<Acc>();
   const int threads_;
   std::vector<Arena> arenas_;
-  std::size_t scratch_ = 0, panels_ = 0, matrices_ = 0;  // elements an arena
+  std::size_t scratch_ = 0, panels_ = 0;  // elements an arena
   std::atomic<bool> finite_{true};
 };
 
 template <class Acc>
 long polar_batch(const Acc* M, Acc* out, long batch, int m, int n, bool proper, int threads) {
   const Kernels<Acc>& table = kernels<Acc>();
-  constexpr int block = 16;  // matrices a unit
+  // Matrices a unit: small ones are worked on in groups, large ones are worth a unit each.
+  const int block = n <= 16 ? 64 : n <= 64 ? 8 : 1;
   const std::size_t square = std::size_t(n) * n, given = std::size_t(m) * n;
   const std::size_t scratch_size = table.matrix_scratch_size(n) + block * square;
   const auto scratch = uninitialized<Acc>(scratch_size * threads);

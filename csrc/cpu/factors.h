@@ -21,8 +21,10 @@ inline int chunk_length(int r) {
   return std::min(longest, std::max(shortest, elements / r / 16 * 16));
 }
 
-// Clients whose sums are kept in registers together.
+// Clients whose sums stay in registers together: as many as keep what is read again and again,
+// directions of all of them, in the first-level cache.
 constexpr int client_group = 8;
+inline int clients_at_once(int r) { return std::min(client_group, std::max(1, 64 / r)); }
 
 // The reference A has contiguous directions, not positions, unless the rank is small.
 template <class Acc>
@@ -125,8 +127,9 @@ bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std
     const std::int64_t offset = side == Side::A ? at : at * row;
     Acc* C = in_place ? static_cast<Acc*>(out.data) + offset : sums ? sums + offset : own_sums;
 
-    for (int i = first; i < last; i += client_group) {
-      const int group = std::min(client_group, last - i);
+    const int at_once = clients_at_once(r);
+    for (int i = first; i < last; i += at_once) {
+      const int group = std::min(at_once, last - i);
       Term<Acc> terms[client_group];
       const Acc* packed[client_group];
       for (int c = 0; c < group; ++c) {

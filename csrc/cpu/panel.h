@@ -6,6 +6,7 @@
 
 #include "convert.h"
 #include "kernels.h"
+#include "shuffle.h"
 
 namespace fedrot {
 inline namespace FEDROT_ISA {
@@ -55,21 +56,6 @@ inline const Acc* packed_block(DType dtype, const Matrix& m, int rank, int width
   return panel;
 }
 
-template <int h, class T, int... i>
-inline void exchange(Vector<T>& v, Vector<T>& w, std::integer_sequence<int, i...>) {
-  const Vector<T> low = shuffle<T, (i & h ? lanes<T> + i - h : i)...>(v, w);
-  w = shuffle<T, (i & h ? lanes<T> + i : i + h)...>(v, w);
-  v = low;
-}
-
-// v[i][j] <- v[j][i]
-template <class T, int h = lanes<T> / 2>
-inline void transpose_square(Vector<T>* v) {
-  for (int i = 0; i < lanes<T>; ++i)
-    if (!(i & h)) exchange<h, T>(v[i], v[i + h], LaneIndices<T>{});
-  if constexpr (h > 1) transpose_square<T, h / 2>(v);
-}
-
 // to (cols, rows) <- from (rows, cols)^T
 template <class Acc>
 inline void transpose(int rows, int cols, const Acc* from, std::int64_t from_row, Acc* to,
@@ -80,7 +66,7 @@ inline void transpose(int rows, int cols, const Acc* from, std::int64_t from_row
       if (i + n <= rows && j + n <= cols) {
         Vector<Acc> v[n];
         for (int p = 0; p < n; ++p) v[p] = load(from + (i + p) * from_row + j);
-        transpose_square<Acc>(v);
+        transpose<Acc>(v);
         for (int p = 0; p < n; ++p) store(to + (j + p) * to_row + i, v[p]);
       } else {
         for (int p = i; p < std::min(i + n, rows); ++p)
@@ -95,10 +81,9 @@ inline void transpose(int rows, int cols, const Acc* from, std::int64_t from_row
 template <class Acc, class T>
 inline bool finish_row(const Acc* from, int n, T* to) {
   if (static_cast<const void*>(from) != static_cast<const void*>(to)) narrow_row(from, n, to);
-  Acc zero = 0;  // stays 0 unless a value is not finite
-  FEDROT_INDEPENDENT
-  for (int i = 0; i < n; ++i) zero += Acc(widen(to[i])) * 0;
-  return zero == 0;
+  int bad = 0;  // an integer: a sum of floats would have to keep its order, one by one
+  for (int i = 0; i < n; ++i) bad |= !is_finite(to[i]);
+  return bad == 0;
 }
 
 }  // namespace FEDROT_ISA

@@ -13,6 +13,14 @@
 #include <immintrin.h>
 #endif
 
+// The loop that follows has few iterations, known to the compiler: its arrays may stay in
+// registers.
+#if defined(__clang__)
+#define FEDROT_UNROLL _Pragma("unroll")
+#else
+#define FEDROT_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace fedrot {
 inline namespace FEDROT_ISA {
 
@@ -49,6 +57,10 @@ __attribute__((always_inline)) inline void unrolled(F&& f) {
   }
 }
 
+// All bits of a lane set: true. The integers have the size of T.
+template <class T>
+using Mask = decltype(Vector<T>{} < Vector<T>{});
+
 template <class T>
 inline Vector<T> load(const T* p) {
   Vector<T> v;
@@ -59,6 +71,11 @@ inline Vector<T> load(const T* p) {
 template <class T>
 inline void store(T* p, Vector<T> v) {
   std::memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+inline Vector<T> magnitude_of(Vector<T> x) {
+  return x < 0 ? -x : x;
 }
 
 // The first n lanes, zero in the others; memory beyond p[n - 1] is not touched. 0 < n <= lanes.
@@ -86,35 +103,6 @@ inline void store_partial(T* p, Vector<T> v, int n) {
 #else
   for (int i = 0; i < n; ++i) p[i] = v[i];
 #endif
-}
-
-// Lane i of the result is lane at[i] of v, or lane at[i] - lanes of w.
-template <class T, int... at>
-inline Vector<T> shuffle(Vector<T> v, Vector<T> w) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(v, w, at...);
-#else
-  using Index = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
-  typedef Index Indices __attribute__((vector_size(vector_bytes)));
-  return __builtin_shuffle(v, w, Indices{at...});
-#endif
-}
-
-template <class T>
-using LaneIndices = std::make_integer_sequence<int, lanes<T>>;
-
-template <int distance, class T, int... i>
-inline Vector<T> swapped(Vector<T> v, std::integer_sequence<int, i...>) {
-  return shuffle<T, (i ^ distance)...>(v, v);
-}
-
-// Lanes are added pairwise, in the same order on every call.
-template <class T, int half = lanes<T> / 2>
-inline T horizontal_sum(Vector<T> v) {
-  if constexpr (half == 0)
-    return v[0];
-  else
-    return horizontal_sum<T, half / 2>(v + swapped<half, T>(v, LaneIndices<T>{}));
 }
 
 }  // namespace FEDROT_ISA

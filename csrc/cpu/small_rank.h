@@ -4,6 +4,7 @@
 #pragma once
 
 #include "ahead.h"
+#include "shuffle.h"
 
 namespace fedrot {
 inline namespace FEDROT_ISA {
@@ -73,7 +74,7 @@ inline void dot_rows(int rows, int cols, int count, const Acc* X, std::int64_t x
 template <int R, int s, class Acc, int... i>
 inline Vector<Acc> turned(Vector<Acc> v, std::integer_sequence<int, i...>) {
   constexpr int used = lanes<Acc> / R * R;
-  return shuffle<Acc, (i < used ? i / R * R + (i % R + s) % R : i)...>(v, v);
+  return shuffle<(i < used ? i / R * R + (i % R + s) % R : i)...>(v, v);
 }
 
 // f(s, lanes of v turned by s) for 0 <= s < R.
@@ -119,9 +120,13 @@ inline void position_covariance(int count, const Acc* X, const Acc* Y, Acc* M, A
 // V (R, lanes): what each_turn()'s lanes of a position are multiplied by for X W, W (R, R).
 template <int R, class Acc>
 inline void turn_matrix(const Acc* W, Acc* V) {
-  for (int s = 0; s < R; ++s)
-    for (int i = 0; i < lanes<Acc>; ++i)
-      V[s * lanes<Acc> + i] = i < lanes<Acc> / R * R ? W[(i % R + s) % R * R + i % R] : Acc(0);
+  constexpr int used = lanes<Acc> / R * R;
+  for (int s = 0; s < R; ++s, V += lanes<Acc>) {
+    Acc row[R];
+    unrolled<R>([&](int q) { row[q] = W[(q + s) % R * R + q]; });
+    for (int g = 0; g < used; g += R) std::memcpy(V + g, row, sizeof row);
+    for (int i = used; i < lanes<Acc>; ++i) V[i] = 0;
+  }
 }
 
 // C (count, R) = sum_i X_i W_i, contiguous, added to C unless `fresh`. X: pointers to (count, R),

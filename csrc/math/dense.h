@@ -59,5 +59,27 @@ FEDROT_HD void multiply_tn(const G& g, int rows, int inner, int cols, const T* A
   g.sync();
 }
 
+// y = P x for a symmetric P (n, n); x and y are different.
+template <class T, class G>
+FEDROT_HD void multiply_symmetric(const G& g, int n, const T* P, const T* x, T* y) {
+  g.each(n, [=](int i) {
+    T total = 0;
+    for (int p = 0; p < n; ++p) total += P[p * n + i] * x[p];
+    y[i] = total;
+  });
+  g.sync();
+}
+
+// squares[j] = the squared norm of column j of X (rows, cols) with row stride ld.
+template <class T, class G>
+FEDROT_HD void column_squares(const G& g, int rows, int cols, const T* X, int ld, T* squares) {
+  g.each(cols, [=](int j) {
+    T total = 0;
+    for (int i = 0; i < rows; ++i) total += X[i * ld + j] * X[i * ld + j];
+    squares[j] = total;
+  });
+  g.sync();
+}
+
 }  // namespace FEDROT_ISA
 }  // namespace fedrot

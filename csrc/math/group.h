@@ -1,5 +1,6 @@
 // Who works on one small matrix: the loops and reductions that the r x r mathematics is written
-// in. Serial is one CPU thread; a GPU group (a warp, a block) provides the same five members.
+// in. Serial is one CPU thread; a GPU group (a warp, a block) provides the same five members. A
+// group may overload any function of math/ that takes a group (see cpu/simd_group.h).
 //
 // Everything here and in the other math/ headers lives in an inline namespace named after the
 // instruction set, since each kernel file is compiled several times and the linker must never

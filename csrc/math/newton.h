@@ -51,14 +51,25 @@ FEDROT_HD int invert(const G& g, int n, T* X, T* column, int* pivots) {
   return sign;
 }
 
+// The largest norm of a column of X (n, n). squares: n elements.
+template <class T, class G>
+FEDROT_HD T largest_column(const G& g, int n, const T* X, T* squares) {
+  column_squares(g, n, n, X, n, squares);
+  const T largest = squares[g.argmax(0, n, [=](int j) { return squares[j]; })];
+  g.sync();
+  return std::sqrt(largest);
+}
+
 // X <- its orthogonal polar factor. Returns the sign of det X, or 0 where X is singular to working
-// precision: |X^-1| |X| (or |X^-1| times `scale` if that is not 0) above 1 / tolerance; X is then
-// spoilt. `inverse` (n * n) receives X^-1 of the matrix given; work: n * n + n, pivots: n integers.
+// precision: |X^-1| times `scale` (times its largest column where scale is 0) above 1 / tolerance;
+// X is then spoilt. `inverse` (n * n) receives X^-1 of the matrix given; work: n * n + n, pivots: n
+// integers.
 template <class T, class G>
 FEDROT_HD int newton_polar(const G& g, int n, T* X, T scale, T tolerance, T* inverse, T* work,
                            int* pivots) {
   constexpr int max_steps = 40;  // never reached: 9 steps take condition 1e16 to the unit circle
   const int count = n * n;
+  if (!(scale > 0)) scale = largest_column(g, n, X, work);
   int sign = 0;
   for (int step = 0; step < max_steps; ++step) {
     T* Y = step == 0 ? inverse : work;
@@ -68,7 +79,7 @@ FEDROT_HD int newton_polar(const G& g, int n, T* X, T scale, T tolerance, T* inv
     const T norm_x = frobenius(g, count, X), norm_y = frobenius(g, count, Y);
     if (step == 0) {
       sign = det;
-      if (!(norm_y * (scale > 0 ? scale : norm_x) * tolerance < 1)) return 0;
+      if (!(norm_y * scale * tolerance < 1)) return 0;
     }
     const T gain = std::sqrt(norm_y / norm_x);
     const T a = gain / 2, b = 1 / (2 * gain);

@@ -15,28 +15,53 @@ inline namespace FEDROT_ISA {
 constexpr int workspace_matrices = 9;
 FEDROT_HD constexpr long workspace_size(int n) { return long(workspace_matrices) * n * n + n; }
 
+// v <- the eigenvector of the largest eigenvalue of P, symmetric and positive semidefinite, with
+// Frobenius norm `norm`, by power iteration from the v given (unit). Returns false where that takes
+// too long or where it is not certain that no other eigenvalue is larger. image: n elements.
+template <class T, class G>
+FEDROT_HD bool dominant_eigenvector(const G& g, int n, const T* P, T norm, T* v, T* image) {
+  const int max_steps = 4 + n / 4;  // by then squaring P is cheaper
+  const T tolerance = 4 * n * epsilon<T>() * epsilon<T>();
+  for (int step = 0; step < max_steps; ++step) {
+    multiply_symmetric(g, n, P, v, image);
+    const T value = g.template sum<T>(n, [=](int i) { return image[i] * v[i]; });
+    const T residual = g.template sum<T>(n, [=](int i) {
+      const T difference = image[i] - value * v[i];
+      return difference * difference;
+    });
+    const T length = std::sqrt(g.template sum<T>(n, [=](int i) { return image[i] * image[i]; }));
+    g.sync();
+    g.each(n, [=](int i) { v[i] = image[i] / length; });
+    g.sync();
+    // norm^2 is the sum of all squared eigenvalues: what is left for another is less than this one.
+    if (residual <= tolerance * value * value) return norm * norm < 2 * value * value;
+  }
+  return false;
+}
+
 // Orthogonal R with the wrong determinant: R <- R (I - 2 v v^T), v the direction of the smallest
 // singular value of M. `inverse` = M^-1 up to a positive factor; P, Q are n * n, v is n.
-// M^-1 R = V S^-1 V^T, and squaring it k times is 2^k steps of inverse iteration.
+// M^-1 R = V S^-1 V^T, whose largest eigenvalue is sought; squaring the matrix doubles the gap.
 template <class T, class G>
 FEDROT_HD void flip_smallest(const G& g, int n, T* R, const T* inverse, T* P, T* Q, T* v) {
   constexpr int max_squarings =
       sizeof(T) == 4 ? 24 : 53;  // tells singular values apart down to a gap of one rounding
   multiply(g, n, n, n, inverse, n, R, n, Q, n);
-  for (int step = 0; step <= max_squarings; ++step) {
+  for (int step = 0;; ++step) {
     const T trace = g.template sum<T>(n, [=](int i) { return Q[i * n + i]; });
     const T scale = 1 / (2 * trace);
     g.each(n, n, [=](int i, int j) { P[i * n + j] = scale * (Q[i * n + j] + Q[j * n + i]); });
     g.sync();
+    const int j = g.argmax(0, n, [=](int i) { return P[i * n + i]; });
+    const T length =
+        std::sqrt(g.template sum<T>(n, [=](int i) { return P[i * n + j] * P[i * n + j]; }));
+    g.each(n, [=](int i) { v[i] = P[i * n + j] / length; });
+    g.sync();
     const T norm = frobenius(g, n * n, P);  // 1 for a matrix of rank one and trace 1
     if (norm * norm > 1 - 4 * epsilon<T>() || step == max_squarings) break;
+    if (dominant_eigenvector(g, n, P, norm, v, Q)) break;
     multiply(g, n, n, n, P, n, P, n, Q, n);
   }
-  const int j = g.argmax(0, n, [=](int i) { return P[i * n + i]; });
-  const T norm =
-      std::sqrt(g.template sum<T>(n, [=](int i) { return P[i * n + j] * P[i * n + j]; }));
-  g.each(n, [=](int i) { v[i] = P[i * n + j] / norm; });
-  g.sync();
   T* image = Q;
   g.each(n, [=](int i) {
     T total = 0;
@@ -94,13 +119,9 @@ FEDROT_HD int orthogonal_decomposition(const G& g, int m, T* X, T scale, T toler
   int rank = 0;
   for (; rank < m; ++rank) {  // QR with column pivoting
     const int k = rank;
-    auto tail = [=](int j) {
-      T total = 0;
-      for (int i = k; i < m; ++i) total += X[i * m + j] * X[i * m + j];
-      return total;
-    };
-    const int p = g.argmax(k, m, tail);
-    const T largest = std::sqrt(tail(p));
+    column_squares(g, m - k, m - k, X + k * m + k, m, Y);
+    const int p = k + g.argmax(0, m - k, [=](int j) { return Y[j]; });
+    const T largest = std::sqrt(Y[p - k]);
     g.sync();
     if (k == 0 && !(scale > 0)) scale = largest;
     if (!(largest > tolerance * scale)) break;
@@ -201,11 +222,11 @@ FEDROT_HD void polar(const G& g, int n, T* X, int det, T scale, T tolerance, T* 
     multiply(g, n, m, done, left, m, U, m, P, done);
     multiply(g, n, done, done, P, done, block, done, Q, done);
     multiply(g, n, m, done, right, m, V, m, P, done);
-    g.each(n, n, [=](int i, int j) {
-      T sum = 0;
-      for (int p = 0; p < done; ++p) sum += Q[i * done + p] * P[j * done + p];
-      total[i * n + j] += sum;
-    });
+    T *transposed = inverse, *product = M;
+    g.each(n, done, [=](int i, int p) { transposed[p * n + i] = P[i * done + p]; });
+    g.sync();
+    multiply(g, n, done, n, Q, done, transposed, n, product, n);
+    g.each(count, [=](int e) { total[e] += product[e]; });
     g.sync();
     if (done == m) break;
     // What is left: left <- left U_2, right <- right V_2, M <- U_2^T V_2
