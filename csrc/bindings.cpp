@@ -11,6 +11,7 @@
 #include "cpu/engine.h"
 #include "cpu/finite.h"
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 #include "problem.h"
 #include "tables.h"
 
@@ -118,6 +119,7 @@ PYBIND11_MODULE(_cpu, m) {
           throw std::invalid_argument("one output per layer");
         const fedrot::Problem problem = tables.problem(weights, lam, fedrot::Align(align), proper);
         py::gil_scoped_release release;
+        threads = fedrot::cpu::worthwhile_threads(problem, threads);
         return fedrot::cpu::align_aggregate(problem, out.A.data(), out.B.data(), threads) &&
                fedrot::cpu::unread_is_finite(problem, true, threads);
       },
@@ -130,6 +132,7 @@ PYBIND11_MODULE(_cpu, m) {
         const std::vector<double> weights(tables.clients());
         const fedrot::Problem problem = tables.problem(weights, lam, fedrot::Align(align), proper);
         py::gil_scoped_release release;
+        threads = fedrot::cpu::worthwhile_threads(problem, threads);
         return fedrot::cpu::align(problem, reinterpret_cast<void* const*>(out.data()), threads) &&
                fedrot::cpu::unread_is_finite(problem, false, threads);
       },

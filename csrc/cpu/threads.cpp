@@ -120,6 +120,19 @@ Pool& pool() {
 
 }  // namespace
 
+int worthwhile_threads(const Problem& p, int threads) {
+  constexpr double per_thread = 200e3;  // operations: about 20 us
+  double operations = 0;
+  for (int index = 0; index < p.clients * p.layers; ++index) {
+    const Layer& s = p.shapes[index % p.layers];
+    const double r = s.r;
+    // Covariance and average, rotation, and what the smallest of them takes.
+    operations += 4 * r * r * double(s.d + s.k) + 64 * r * r * r + 10e3;
+    if (operations >= per_thread * threads) return threads;
+  }
+  return std::max(1, int(operations / per_thread));
+}
+
 void parallel_for(int units, int threads, const std::function<void(int, int)>& work) {
   threads = std::min(threads, units);
   if (threads <= 1) {

@@ -61,13 +61,20 @@ CHANGES = {
         max_size=2,
     ),
     dropped=st.sampled_from([None, 0, 1, 2, 3]),
+    reranked=st.tuples(st.sampled_from([0, 2]), st.integers(0, 8), st.sampled_from([-1, 0, 1])),
 )
 @settings(max_examples=400, deadline=None)
 def test_native_reading_accepts_what_check_accepts(
-    clients, shapes, dtype, layout, changes, dropped
+    clients, shapes, dtype, layout, changes, dropped, reranked
 ):
     inputs = [list(tensors) for tensors in planted(clients, shapes, dtype)]
     inputs = [[strided(t, layout) for t in tensors] for tensors in inputs]
+    side, index, more = reranked
+    index %= len(inputs[side])
+    A, B = inputs[side][index].detach(), inputs[side + 1][index].detach()
+    if more:
+        inputs[side][index] = torch.cat([A, A[:1]]) if more > 0 else A[1:]
+        inputs[side + 1][index] = torch.cat([B, B[:, :1]], 1) if more > 0 else B[:, 1:]
     for side, index, name in changes:
         index %= len(inputs[side])
         t = inputs[side][index]
