@@ -1,17 +1,23 @@
-// The only file that knows Python: raw pointers and sizes in, fedrot::cpu out.
+// The only file that knows Python: tensors, or raw pointers and sizes, in; fedrot::cpu out.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "cpu/engine.h"
+#include "cpu/finite.h"
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 #include "problem.h"
+#include "tables.h"
 
 namespace py = pybind11;
 using fedrot::Matrix;
+using fedrot::Tables;
 
 namespace {
 
@@ -26,45 +32,67 @@ std::vector<Matrix> matrices(const Pointers& pointers, const Strides& strides) {
   return table;
 }
 
-// The tables of a call, kept alive while it runs. Built from arguments that Python has checked.
-struct Call {
-  std::vector<fedrot::Layer> shapes;
-  std::vector<int> ranks;
-  std::vector<Matrix> lora_A, lora_B, ref_A, ref_B;
-  std::vector<double> weights;
-  fedrot::Problem problem;
+// Tables of tensors that Python has checked.
+Tables checked(const std::vector<std::tuple<std::int64_t, std::int64_t, int>>& shapes,
+               const std::vector<int>& ranks, const std::vector<Pointers>& pointers,
+               const std::vector<Strides>& strides, int client_dtype, int ref_dtype) {
+  Tables tables{fedrot::DType(client_dtype),
+                fedrot::DType(ref_dtype),
+                {},
+                ranks,
+                matrices(pointers.at(0), strides.at(0)),
+                matrices(pointers.at(1), strides.at(1)),
+                matrices(pointers.at(2), strides.at(2)),
+                matrices(pointers.at(3), strides.at(3))};
+  for (const auto& [d, k, r] : shapes) tables.shapes.push_back({d, k, r});
+  const std::size_t layers = shapes.size(), tensors = ranks.size();
+  if (tables.lora_A.size() != tensors || tables.lora_B.size() != tensors ||
+      tables.ref_A.size() != layers || tables.ref_B.size() != layers)
+    throw std::invalid_argument("tables of different length");
+  return tables;
+}
 
-  Call(const std::vector<std::tuple<std::int64_t, std::int64_t, int>>& sizes,
-       std::vector<int> client_ranks, const std::vector<Pointers>& pointers,
-       const std::vector<Strides>& strides, std::vector<double> client_weights, int client_dtype,
-       int ref_dtype, double lam, int align, bool proper)
-      : ranks(std::move(client_ranks)),
-        lora_A(matrices(pointers.at(0), strides.at(0))),
-        lora_B(matrices(pointers.at(1), strides.at(1))),
-        ref_A(matrices(pointers.at(2), strides.at(2))),
-        ref_B(matrices(pointers.at(3), strides.at(3))),
-        weights(std::move(client_weights)) {
-    for (const auto& [d, k, r] : sizes) shapes.push_back({d, k, r});
-    const std::size_t layers = shapes.size(), tensors = weights.size() * layers;
-    if (ranks.size() != tensors || lora_A.size() != tensors || lora_B.size() != tensors ||
-        ref_A.size() != layers || ref_B.size() != layers)
-      throw std::invalid_argument("tables of different length");
-    problem = {int(weights.size()),
-               int(layers),
-               fedrot::DType(client_dtype),
-               fedrot::DType(ref_dtype),
-               shapes.data(),
-               ranks.data(),
-               lora_A.data(),
-               lora_B.data(),
-               ref_A.data(),
-               ref_B.data(),
-               weights.data(),
-               lam,
-               fedrot::Align(align),
-               proper};
+// Reads tensors of the given Python types through the exchange API of their framework.
+class Reader {
+ public:
+  Reader(const py::capsule& api, const py::tuple& types) : types_(types) {
+    const auto* table = static_cast<const fedrot::dlpack::ExchangeApi*>(
+        PyCapsule_GetPointer(api.ptr(), fedrot::dlpack::capsule_name));
+    if (!table) throw py::error_already_set();
+    if (table->major != fedrot::dlpack::major_version || !table->show)
+      throw py::value_error("a DLPack exchange API of another version");
+    show_ = table->show;
   }
-  Call(const Call&) = delete;
+
+  std::optional<Tables> read(const py::list& lora_A, const py::list& lora_B, const py::list& ref_A,
+                             const py::list& ref_B) const {
+    const auto a = objects(lora_A), b = objects(lora_B), c = objects(ref_A), d = objects(ref_B);
+    if (!a || !b || !c || !d) return {};
+    std::optional<Tables> tables = fedrot::read(show_, *a, *b, *c, *d);
+    PyErr_Clear();  // of a tensor that could not be shown
+    return tables;
+  }
+
+ private:
+  // Nothing where one is of another type, whose data may be no plain memory.
+  std::optional<std::vector<void*>> objects(const py::list& list) const {
+    std::vector<void*> table(list.size());
+    for (std::size_t i = 0; i < table.size(); ++i) {
+      PyObject* object = PyList_GET_ITEM(list.ptr(), py::ssize_t(i));
+      bool known = false;
+      for (const py::handle type : types_) known |= type.is(py::type::handle_of(object));
+      if (!known) return {};
+      table[i] = object;
+    }
+    return table;
+  }
+
+  py::tuple types_;
+  fedrot::dlpack::Show show_;
+};
+
+struct Outputs {
+  std::vector<Matrix> A, B;
 };
 
 }  // namespace
@@ -72,25 +100,41 @@ struct Call {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Native CPU kernels; called by fedrot_kernels.backends.cpu.";
   m.attr("instruction_set") = fedrot::cpu::instruction_set();
-  py::class_<Call>(m, "Call").def(
-      py::init<const std::vector<std::tuple<std::int64_t, std::int64_t, int>>&, std::vector<int>,
-               const std::vector<Pointers>&, const std::vector<Strides>&, std::vector<double>, int,
-               int, double, int, bool>());
+  py::class_<Tables>(m, "Tables")
+      .def(py::init(&checked))
+      .def_property_readonly("clients", &Tables::clients);
+  py::class_<Reader>(m, "Reader")
+      .def(py::init<const py::capsule&, const py::tuple&>())
+      .def("read", &Reader::read, "The tables of a call that is plainly right, or None.");
+  py::class_<Outputs>(m, "Outputs")
+      .def(py::init([](const Pointers& A, const Strides& stride_A, const Pointers& B,
+                       const Strides& stride_B) {
+        return Outputs{matrices(A, stride_A), matrices(B, stride_B)};
+      }));
   m.def(
       "align_aggregate",
-      [](const Call& call, const Pointers& out_A, const Strides& stride_A, const Pointers& out_B,
-         const Strides& stride_B, int threads) {
-        const std::vector<Matrix> A = matrices(out_A, stride_A), B = matrices(out_B, stride_B);
+      [](const Tables& tables, const std::vector<double>& weights, double lam, int align,
+         bool proper, const Outputs& out, int threads) {
+        if (out.A.size() != tables.shapes.size() || out.B.size() != tables.shapes.size())
+          throw std::invalid_argument("one output per layer");
+        const fedrot::Problem problem = tables.problem(weights, lam, fedrot::Align(align), proper);
         py::gil_scoped_release release;
-        return fedrot::cpu::align_aggregate(call.problem, A.data(), B.data(), threads);
+        threads = fedrot::cpu::worthwhile_threads(problem, threads);
+        return fedrot::cpu::align_aggregate(problem, out.A.data(), out.B.data(), threads) &&
+               fedrot::cpu::unread_is_finite(problem, true, threads);
       },
       "Fill the outputs; False where a value was not finite.");
   m.def(
       "align",
-      [](const Call& call, const Pointers& out, int threads) {
+      [](const Tables& tables, double lam, int align, bool proper, const Pointers& out,
+         int threads) {
+        if (out.size() != tables.ranks.size()) throw std::invalid_argument("one output per client");
+        const std::vector<double> weights(tables.clients());
+        const fedrot::Problem problem = tables.problem(weights, lam, fedrot::Align(align), proper);
         py::gil_scoped_release release;
-        return fedrot::cpu::align(call.problem, reinterpret_cast<void* const*>(out.data()),
-                                  threads);
+        threads = fedrot::cpu::worthwhile_threads(problem, threads);
+        return fedrot::cpu::align(problem, reinterpret_cast<void* const*>(out.data()), threads) &&
+               fedrot::cpu::unread_is_finite(problem, false, threads);
       },
       "Fill the rotations; False where a value was not finite.");
   m.def(

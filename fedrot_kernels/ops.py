@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -64,10 +64,7 @@ def check(
         ValueError: a length, shape, rank, device or option is wrong; the message names it.
         TypeError: a dtype is wrong.
     """
-    if align not in ALIGN_MODES:
-        raise ValueError(f"align must be one of {', '.join(ALIGN_MODES)}, got {align!r}")
-    if not (math.isfinite(lam) and 0.0 <= lam <= 1.0):
-        raise ValueError(f"lam must lie in [0, 1], got {lam}")
+    check_options(lam, align)
     layers = len(ref_A)
     if len(ref_B) != layers:
         raise ValueError(f"ref_B must hold as many layers as ref_A: {len(ref_B)} != {layers}")
@@ -117,9 +114,30 @@ def check(
         ranks.append(r_i)
         layer = layer + 1 if layer + 1 < layers else 0
 
-    if weights is not None:
-        _check_weights(weights, clients, device)
+    check_weights(weights, clients, device)
     return Problem(clients, layers, shapes, ranks, dtype, out_dtype, device)
+
+
+def check_options(lam: float, align: str) -> None:
+    """The part of :func:`check` that concerns no tensor."""
+    if align not in ALIGN_MODES:
+        raise ValueError(f"align must be one of {', '.join(ALIGN_MODES)}, got {align!r}")
+    if not 0.0 <= lam <= 1.0:
+        raise ValueError(f"lam must lie in [0, 1], got {lam}")
+
+
+def check_weights(weights: Tensor | None, clients: int, device: torch.device) -> None:
+    """The part of :func:`check` that concerns ``weights``; reads no values."""
+    if weights is None:
+        return
+    if weights.dim() != 1 or weights.shape[0] != clients:
+        raise ValueError(
+            f"weights must be ({clients},), one per client, got {tuple(weights.shape)}"
+        )
+    if weights.is_complex() or weights.dtype == torch.bool:
+        raise TypeError(f"weights must be real numbers, got {weights.dtype}")
+    if weights.device != device:
+        raise ValueError(f"weights must be on {device} like the factors, got {weights.device}")
 
 
 def check_polar(M: Tensor) -> None:
@@ -144,15 +162,15 @@ def check_weight_values(weights: Tensor | None, clients: int) -> list[float]:
     if weights is None:
         return [1.0 / clients] * clients
     values = weights.to(torch.float64).tolist()
-    for client, value in enumerate(values):
-        if not (math.isfinite(value) and value >= 0.0):
-            raise ValueError(f"weights[{client}] must be finite and non-negative, got {value}")
-    # Divided by the largest first: the sum of finite weights may overflow.
     largest = max(values)
-    if largest == 0.0:
-        raise ValueError("weights must have a positive sum, all are zero")
-    total = math.fsum(v / largest for v in values)
-    return [v / largest / total for v in values]
+    if not (min(values) >= 0.0 and largest > 0.0):
+        _explain_weights(values)
+    # Divided by the largest first: the sum of finite weights may overflow.
+    scaled = [v / largest for v in values]
+    total = math.fsum(scaled)
+    if math.isnan(total):  # infinity / infinity, or a NaN that min and max passed over
+        _explain_weights(values)
+    return [v / total for v in scaled]
 
 
 def check_finite(layers: int, **arguments: Sequence[Tensor]) -> None:
@@ -166,28 +184,21 @@ def check_finite(layers: int, **arguments: Sequence[Tensor]) -> None:
     for name, tensors in arguments.items():
         for index, t in enumerate(tensors):
             if not bool(torch.isfinite(t).all()):
-                client, layer = divmod(index, layers)
-                where = f"layer {layer}"
-                if name.startswith("lora"):
-                    where = f"client {client}, {where}"
-                raise ValueError(f"{name} holds a non-finite value for {where}")
+                raise ValueError(
+                    f"{name} holds a non-finite value for {place(name, index, layers)}"
+                )
+
+
+def place(name: str, index: int, layers: int) -> str:
+    """How messages name the tensor ``index`` of the argument ``name``."""
+    client, layer = divmod(index, layers)
+    return f"client {client}, layer {layer}" if name.startswith("lora") else f"layer {layer}"
 
 
 OVERFLOW = (
     "the cross-covariance or the result overflows its dtype; "
     "scale the factors down or use a wider dtype"
 )
-
-
-def _check_weights(weights: Tensor, clients: int, device: torch.device) -> None:
-    if weights.dim() != 1 or weights.shape[0] != clients:
-        raise ValueError(
-            f"weights must be ({clients},), one per client, got {tuple(weights.shape)}"
-        )
-    if weights.is_complex() or weights.dtype == torch.bool:
-        raise TypeError(f"weights must be real numbers, got {weights.dtype}")
-    if weights.device != device:
-        raise ValueError(f"weights must be on {device} like the factors, got {weights.device}")
 
 
 def _explain(name: str, where: str, t: Tensor, dtype: torch.dtype, device: torch.device) -> None:
@@ -211,6 +222,13 @@ def _explain_client(client: int, layer: int, A: Tensor, B: Tensor, d: int, k: in
     if A.dim() != 2 or A.shape[0] < 1 or A.shape[1] != k:
         raise ValueError(f"lora_A must be (r <= {r}, {k}) for {where}, got {tuple(A.shape)}")
     raise ValueError(f"lora_B must be ({d}, {A.shape[0]}) for {where}, got {tuple(B.shape)}")
+
+
+def _explain_weights(values: list[float]) -> NoReturn:
+    for client, value in enumerate(values):
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(f"weights[{client}] must be finite and non-negative, got {value}")
+    raise ValueError("weights must have a positive sum, all are zero")
 
 
 def _dtype_names() -> str:

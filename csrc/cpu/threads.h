@@ -3,7 +3,12 @@
 
 #include <functional>
 
+#include "../problem.h"
+
 namespace fedrot::cpu {
+
+// As many of `threads` as a call can keep busy for longer than it takes to wake them.
+int worthwhile_threads(const Problem&, int threads);
 
 // work(unit, thread) for 0 <= unit < units on up to `threads` threads, 0 <= thread < threads;
 // returns when all are done. The calling thread takes part. Calls from several threads at once

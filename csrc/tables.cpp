@@ -1,0 +1,93 @@
+#include "tables.h"
+
+#include <limits>
+#include <stdexcept>
+
+namespace fedrot {
+namespace {
+
+struct View {
+  Matrix matrix;
+  std::int64_t rows, columns;
+  DType dtype;
+};
+
+std::optional<DType> dtype_of(const dlpack::Tensor& t) {
+  if (t.lanes != 1) return {};
+  if (t.code == dlpack::float_code) {
+    if (t.bits == 64) return DType::f64;
+    if (t.bits == 32) return DType::f32;
+    if (t.bits == 16) return DType::f16;
+  }
+  if (t.code == dlpack::bfloat_code && t.bits == 16) return DType::bf16;
+  return {};
+}
+
+// A non-empty matrix on the CPU whose rows are contiguous.
+std::optional<View> view(dlpack::Show show, void* object) {
+  dlpack::Tensor t{};
+  if (show(object, &t) != 0) return {};
+  const std::optional<DType> dtype = dtype_of(t);
+  if (!dtype || t.device_type != dlpack::cpu_device || t.ndim != 2 || !t.data || !t.strides)
+    return {};
+  const std::int64_t rows = t.shape[0], columns = t.shape[1];
+  if (rows < 1 || columns < 1 || (columns > 1 && t.strides[1] != 1)) return {};
+  void* data = static_cast<char*>(t.data) + t.byte_offset;
+  return View{{data, t.strides[0]}, rows, columns, *dtype};
+}
+
+}  // namespace
+
+Problem Tables::problem(const std::vector<double>& weights, double lam, Align align,
+                        bool proper) const {
+  if (weights.size() != clients()) throw std::invalid_argument("one weight per client");
+  return {int(clients()), int(shapes.size()),
+          client_dtype,   ref_dtype,
+          shapes.data(),  ranks.data(),
+          lora_A.data(),  lora_B.data(),
+          ref_A.data(),   ref_B.data(),
+          weights.data(), lam,
+          align,          proper};
+}
+
+std::optional<Tables> read(dlpack::Show show, const std::vector<void*>& lora_A,
+                           const std::vector<void*>& lora_B, const std::vector<void*>& ref_A,
+                           const std::vector<void*>& ref_B) {
+  const std::size_t layers = ref_A.size(), tensors = lora_A.size();
+  if (layers == 0 || tensors == 0 || tensors % layers || ref_B.size() != layers ||
+      lora_B.size() != tensors)
+    return {};
+
+  Tables tables;
+  tables.shapes.reserve(layers);
+  tables.ref_A.reserve(layers);
+  tables.ref_B.reserve(layers);
+  for (std::size_t l = 0; l < layers; ++l) {
+    const std::optional<View> A = view(show, ref_A[l]), B = view(show, ref_B[l]);
+    if (!A || !B || A->rows != B->columns || A->rows > std::numeric_limits<int>::max()) return {};
+    if (l == 0) tables.ref_dtype = A->dtype;
+    if (A->dtype != tables.ref_dtype || B->dtype != tables.ref_dtype) return {};
+    tables.shapes.push_back({B->rows, A->columns, int(A->rows)});
+    tables.ref_A.push_back(A->matrix);
+    tables.ref_B.push_back(B->matrix);
+  }
+
+  tables.ranks.reserve(tensors);
+  tables.lora_A.reserve(tensors);
+  tables.lora_B.reserve(tensors);
+  for (std::size_t i = 0; i < tensors; ++i) {
+    const std::optional<View> A = view(show, lora_A[i]), B = view(show, lora_B[i]);
+    const Layer& shape = tables.shapes[i % layers];
+    if (!A || !B || A->rows > shape.r || A->columns != shape.k || B->rows != shape.d ||
+        B->columns != A->rows)
+      return {};
+    if (i == 0) tables.client_dtype = A->dtype;
+    if (A->dtype != tables.client_dtype || B->dtype != tables.client_dtype) return {};
+    tables.ranks.push_back(int(A->rows));
+    tables.lora_A.push_back(A->matrix);
+    tables.lora_B.push_back(B->matrix);
+  }
+  return tables;
+}
+
+}  // namespace fedrot
