@@ -162,7 +162,7 @@ def mean(lora_A: Tensors, lora_B: Tensors, ref_A: Tensors, ref_B: Tensors) -> Me
 
 def foreach_mean(lora_A: Tensors, lora_B: Tensors, ref_A: Tensors, ref_B: Tensors) -> Means:
     """The same with one running sum and the private ``torch._foreach`` calls that optimisers
-    use, which copy nothing. Narrow dtypes are rounded at every step."""
+    use, which copy nothing. Rounds at every step: for float32 and float64 only."""
     layers = len(ref_A)
     sums = []
     for tensors in (lora_A, lora_B):
@@ -211,7 +211,7 @@ def _soft_rotation(M: Tensor, lam: float, proper: bool) -> Tensor:
     """``polar((1 - lam) I + lam polar(M))`` of ``M`` ``(..., r, r)`` by two SVDs."""
     U, _, Vh = torch.linalg.svd(M)
     if proper:
-        sign = torch.linalg.det(U @ Vh).sign()
+        sign = det_sign(U @ Vh)
         U = torch.cat([U[..., :-1], U[..., -1:] * sign[..., None, None]], -1)
     R = U @ Vh
     if lam < 1:
@@ -219,3 +219,12 @@ def _soft_rotation(M: Tensor, lam: float, proper: bool) -> Tensor:
         U, _, Vh = torch.linalg.svd((1 - lam) * identity + lam * R)
         R = U @ Vh
     return R
+
+
+def det_sign(M: Tensor) -> Tensor:
+    """The sign of each determinant; large matrices one by one, since PyTorch's batched LU on
+    several threads hangs there (pytorch issue 142815)."""
+    if M.shape[-1] <= 128:
+        return torch.linalg.det(M).sign()
+    signs = [torch.linalg.det(matrix).sign() for matrix in M.flatten(0, -3)]
+    return torch.stack(signs).view(M.shape[:-2])

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedrot.bench.baselines import det_sign
+
 Factors = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
@@ -129,7 +131,7 @@ def factors(case: Case, device: str = "cpu", seed: int = 0) -> Factors:
     lora_A, lora_B = [], []
     for _ in range(case.clients):
         turns = torch.linalg.qr(torch.randn(len(case.shapes), r, r, generator=g)).Q
-        turns[..., 0] *= torch.linalg.det(turns).sign()[:, None]
+        turns[..., 0] *= det_sign(turns)[:, None]
         for Q, A, B in zip(turns, ref_A, ref_B, strict=True):
             lora_A.append(to((Q @ A).add_(torch.randn(A.shape, generator=g), alpha=0.1)))
             lora_B.append(to((B @ Q.T).add_(torch.randn(B.shape, generator=g), alpha=0.1)))

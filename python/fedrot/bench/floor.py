@@ -7,6 +7,7 @@ import torch
 from fedrot.bench.timing import Form, Timing
 
 CHUNK = 256 * 2**20  # bytes of one read
+PRODUCT = {"cpu": 2048, "cuda": 8192}  # size of the square product, large enough for full rate
 
 
 class Limits:
@@ -20,7 +21,7 @@ class Limits:
         count = max(2, total // CHUNK)
         buffer = torch.ones(count * CHUNK // 4, device=device)
         self.reads = [(chunk,) for chunk in buffer.chunk(count)]
-        n = 8192 if device == "cuda" else 2048
+        n = PRODUCT[device]
         self.factors = [(torch.rand(n, n, device=device), torch.rand(n, n, device=device))]
         self.flops = 2 * n**3
 

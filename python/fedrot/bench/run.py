@@ -23,18 +23,23 @@ SHORT_COLD = 512 * 2**20  # bytes; filling more takes the short mode too long
 
 @dataclass(frozen=True)
 class Plan:
-    """``seconds`` a row; only the cases where some were named, everything else otherwise."""
+    """``selection``: someone chose among cases, dtypes or alignments; nothing else is measured."""
 
     short: bool
+    selection: bool
     cases: list[Case]  # once for each dtype
     aligns: list[str]
-    only_cases: bool
     threads: int
     device: str
 
     @property
     def seconds(self) -> float:
-        return 1.5 if self.short else 15.0
+        """The aim for one row."""
+        return 1.5 if self.short else 8.0
+
+    @property
+    def mode(self) -> str:
+        return "short" if self.short else "selection" if self.selection else "full"
 
 
 def plan(
@@ -51,6 +56,7 @@ def plan(
     Raises:
         ValueError: a case, dtype, alignment or device is unknown, or the device is not there.
     """
+    selection = not (cases is None and dtypes is None and aligns is None)
     dtypes = dtypes or (["float32"] if short else ["float32", "bfloat16"])
     aligns = aligns or (["A"] if short else ["A", "joint"])
     for name, values, known in (("dtype", dtypes, DTYPE_NAMES), ("align", aligns, ALIGN_MODES)):
@@ -64,9 +70,9 @@ def plan(
     chosen = select(cases if cases is not None else SHORT if short else None)
     return Plan(
         short=short,
+        selection=selection,
         cases=[case.of(DTYPE_NAMES[dtype]) for dtype in dtypes for case in chosen],
         aligns=list(aligns),
-        only_cases=cases is not None,
         threads=threads or machine.cores(),
         device=device,
     )
@@ -82,11 +88,11 @@ def measure(plan: Plan, track: Track) -> dict[str, Any]:
     missing = "left out of the short mode" if plan.short else baselines.compiler_missing()
     result: dict[str, Any] = {
         "machine": machine.describe(plan.device, plan.threads),
-        "short": plan.short,
+        "mode": plan.mode,
         "not_compiled": missing,
         "cases": suites.cases(bench, plan.cases, plan.aligns, missing is None, track),
     }
-    if not plan.only_cases:
+    if not plan.selection:
         plain = [case for case in plan.cases if case.dtype == plan.cases[0].dtype]
         result["stages"] = suites.stages(bench, plain[:: 3 if plan.short else 1], track)
         result["scaling"] = suites.scaling(bench, sweeps(plan.short), track)
@@ -99,9 +105,12 @@ def measure(plan: Plan, track: Track) -> dict[str, Any]:
 
 
 def write(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Write JSON and pictures; their names say what kind of machine it was."""
+    """Write JSON and pictures. Their names say what kind of machine it was, and the mode unless
+    it was the full one, so that a smaller run does not replace a full one."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = machine.kind(result["machine"]) + ("-short" if result["short"] else "")
+    name = machine.kind(result["machine"])
+    if result["mode"] != "full":
+        name += f"-{result['mode']}"
     paths = [folder / f"{name}.json"]
     write_json(paths[0], result)
     for label, png in pictures.draw(result).items():

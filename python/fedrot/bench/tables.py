@@ -39,6 +39,13 @@ def bound(row: Row) -> str:
     return "memory" if row["floor"] > row["flops"] / row["sgemm"] else "arithmetic"
 
 
+def times(value: float | None) -> str:
+    """A ratio as text; empty for ``None``."""
+    if value is None:
+        return ""
+    return f"{value:.0f}x" if value >= 10 else f"{value:.1f}x" if value >= 1 else f"{value:.2f}x"
+
+
 def show(result: Row) -> None:
     """Print every table of the run."""
     from rich.console import Console
@@ -85,7 +92,7 @@ def case_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 _ms(row["floor"]),
                 bound(row),
                 f"{seconds / row['floor']:.2f}",
-                *(_times(ratio(row, name)) for name in used),
+                *(times(ratio(row, name)) for name in used),
             ]
         )
     return header + [BASELINES[name] for name in used], lines
@@ -119,7 +126,7 @@ def sweep_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 f"{row['flops'] / seconds / 1e9:.0f}",
                 f"{seconds / row['floor']:.2f}",
                 f"{cliff(rows, index):.2f}",
-                *(_times(ratio(row, name)) for name in used),
+                *(times(ratio(row, name)) for name in used),
             ]
         )
     header = ["value", "ms", "GB/s", "GFLOP/s", "x floor", "/ neighbours"]
@@ -153,8 +160,7 @@ def thread_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def polar_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     lines = [
-        [str(r["rank"]), _ms(r["polar"]), _ms(r["svd"]), _times(r["svd"] / r["polar"])]
-        for r in rows
+        [str(r["rank"]), _ms(r["polar"]), _ms(r["svd"]), times(r["svd"] / r["polar"])] for r in rows
     ]
     return ["rank", "fedrot.polar", "torch.linalg.svd", "svd / polar"], lines
 
@@ -165,7 +171,7 @@ def truncation_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             f"{r['d']}x{r['k']}",
             *(str(n) for n in (r["rank"], r["clients"], r["rank"] * r["clients"])),
             *(_ms(r[form]) for form in ("dense", "qr")),
-            _times(r["dense"] / r["qr"]),
+            times(r["dense"] / r["qr"]),
         ]
         for r in rows
     ]
@@ -193,7 +199,3 @@ def _print(console: Any, title: str, header: Sequence[str], lines: Sequence[Sequ
 def _ms(seconds: float) -> str:
     ms = 1000 * seconds
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
-
-
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}x" if value >= 10 else f"{value:.2g}x"

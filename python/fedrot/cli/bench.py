@@ -16,7 +16,10 @@ def bench(
     short: Annotated[bool, typer.Option("--short", help="A selection, within a minute.")] = False,
     cases: Annotated[
         str | None,
-        typer.Option(help="Comma-separated parts of names, as in roberta,r64.", show_default=False),
+        typer.Option(
+            help="Comma-separated parts of names, as in roberta,r64: these only.",
+            show_default=False,
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Comma-separated; float32,bfloat16 (--short: float32).")
