@@ -40,7 +40,7 @@ def roofline(rows: Sequence[Row]) -> bytes:
     """GFLOP/s over flops per byte of every case, under what the machine allows; one panel for
     each kind of alignment."""
     aligns = list(dict.fromkeys(row["align"] for row in rows))
-    with themed_figure("light", len(aligns), 6.0 * len(aligns), 4.4) as (figure, axes):
+    with themed_figure("light", len(aligns), max(7.8, 6.0 * len(aligns)), 4.4) as (figure, axes):
         for ax, align in zip(axes, aligns, strict=True):
             _roof(ax, [row for row in rows if row["align"] == align])
             ax.set_title(f"align {align}", loc="left", fontsize=10)

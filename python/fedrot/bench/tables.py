@@ -15,12 +15,13 @@ BASELINES = {
     "mean": "mean",
     "foreach_mean": "foreach mean",
 }
-LEGEND = (
+FLOOR = (
     "floor: max(bytes / read bandwidth, flops / sgemm rate), both measured in turns with the rest; "
-    "GB/s counts every client factor once.",
-    "Right of it: how many times longer the same takes in plain PyTorch. loop: the paper's, by "
-    "layer and client, two SVDs; stacked, per layer: batched forms; compiled: stacked under "
-    "torch.compile; mean, foreach mean: plain averaging, which aligns nothing.",
+    "GB/s counts every client factor once."
+)
+FORMS = (
+    "loop: the paper's, by layer and client, two SVDs; stacked, per layer: batched forms; "
+    "compiled: stacked under torch.compile; mean, foreach mean: plain averaging, aligns nothing."
 )
 
 
@@ -50,17 +51,19 @@ def show(result: Row) -> None:
     """Print every table of the run."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(highlight=False)
     # Off a terminal rich would cut the tables at 80 columns.
-    console.width = console.width if console.is_terminal else 160
+    console.width = console.width if console.is_terminal else 120
     machine = result["machine"]
     where = machine.get("gpu") or f"{machine['cpu']} ({machine['instruction_set']})"
     console.print(f"\n{where}, {machine['threads']} threads, torch {machine['torch']}")
-    _print(console, "align_aggregate", *case_table(result["cases"]))
-    for line in LEGEND:
-        console.print(line, highlight=False)
+    _print(console, "align_aggregate", *operator_table(result["cases"]))
+    console.print(FLOOR)
+    title = "the same in plain PyTorch: how many times longer"
+    _print(console, title, *baseline_table(result["cases"]))
+    console.print(FORMS)
     if result["not_compiled"]:
-        console.print(f"compiled: {result['not_compiled']}", highlight=False)
+        console.print(f"compiled: {result['not_compiled']}")
     if "stages" in result:
         _print(console, "stages (ms)", *stage_table(result["stages"]))
     for sweep, rows in result.get("scaling", {}).items():
@@ -72,12 +75,10 @@ def show(result: Row) -> None:
     if "truncation" in result:
         title = "exact truncation of one layer, plain PyTorch (ms)"
         _print(console, title, *truncation_table(result["truncation"]))
-    console.print(f"\n{result['seconds']:.0f} seconds in all", highlight=False)
+    console.print(f"\n{result['seconds']:.0f} seconds in all")
 
 
-def case_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    used = [name for name in BASELINES if any(name in row["times"] for row in rows)]
-    header = ["case", "dtype", "align", "ms", "GB/s", "GFLOP/s", "floor ms", "bound", "x floor"]
+def operator_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for row in rows:
         seconds = fedrot_time(row)
@@ -92,10 +93,19 @@ def case_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 _ms(row["floor"]),
                 bound(row),
                 f"{seconds / row['floor']:.2f}",
-                *(times(ratio(row, name)) for name in used),
             ]
         )
-    return header + [BASELINES[name] for name in used], lines
+    header = ["case", "dtype", "align", "ms", "GB/s", "GFLOP/s", "floor ms", "bound by", "x floor"]
+    return header, lines
+
+
+def baseline_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    used = [name for name in BASELINES if any(name in row["times"] for row in rows)]
+    lines = [
+        [row["case"], row["dtype"], row["align"], *(times(ratio(row, name)) for name in used)]
+        for row in rows
+    ]
+    return ["case", "dtype", "align", *(BASELINES[name] for name in used)], lines
 
 
 def stage_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -189,7 +199,7 @@ def _print(console: Any, title: str, header: Sequence[str], lines: Sequence[Sequ
 
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     for index, column in enumerate(header):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
     for index, line in enumerate(lines):
         last = index + 1 == len(lines) or lines[index + 1][0] != line[0]
         table.add_row(*line, end_section=last and len(lines) > 12)
