@@ -31,8 +31,8 @@ format: $(STAMP)  ## rewrite sources the way `check` wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
-bench: $(STAMP)  ## the operator against plain PyTorch
-	$(BIN)/python -m pytest benchmarks --benchmark-enable
+bench: $(STAMP)  ## the operators against plain PyTorch and the machine's limits, a while
+	$(BIN)/fedrot bench --output benchmarks/results
 
 clean:  ## remove the environment, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

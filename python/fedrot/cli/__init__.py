@@ -6,6 +6,7 @@ import typer
 
 from fedrot import __version__
 from fedrot.cli.aggregate import aggregate
+from fedrot.cli.bench import bench
 from fedrot.cli.compare import compare
 from fedrot.cli.inspect import inspect
 from fedrot.cli.train import train
@@ -34,7 +35,7 @@ def _options(
     pass
 
 
-for _command in (aggregate, inspect, train, compare):
+for _command in (aggregate, inspect, train, compare, bench):
     app.command()(_command)
 
 

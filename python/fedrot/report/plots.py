@@ -27,21 +27,21 @@ Rows = Sequence[Mapping[str, Any]]
 
 def accuracy_over_rounds(rows: Rows, start: float, title: str, theme: str = "light") -> bytes:
     """Accuracy of the global model after every round, from round 0 (the untrained adapter)."""
-    with _figure(theme, 1, width=6.4) as (figure, (ax,)):
+    with themed_figure(theme, 1, width=6.4) as (figure, (ax,)):
         rounds = [0, *(row["round"] for row in rows)]
         accuracy = [start, *(row["accuracy"] for row in rows)]
         ax.plot(rounds, accuracy, color=COLORS[0], marker="o", markersize=3.5)
         _title(ax, title)
         _accuracy_axis(ax)
         _rounds_axis(ax, len(rows))
-        return _png(figure)
+        return png_bytes(figure)
 
 
 def client_accuracies(
     row: Mapping[str, Any], method: str, title: str, theme: str = "light"
 ) -> bytes:
     """Accuracy of every single client's adapter beside that of the merged one (one-shot)."""
-    with _figure(theme, 1, width=6.4) as (figure, (ax,)):
+    with themed_figure(theme, 1, width=6.4) as (figure, (ax,)):
         scores = sorted(row["client_accuracies"])
         ax.bar(range(1, len(scores) + 1), scores, color=PLAIN, label="one client alone")
         ax.axhline(row["accuracy"], color=COLORS[0], linewidth=2, label=f"merged by {method}")
@@ -50,14 +50,14 @@ def client_accuracies(
         ax.xaxis.get_major_locator().set_params(integer=True)
         _accuracy_axis(ax)
         _legend(ax)
-        return _png(figure)
+        return png_bytes(figure)
 
 
 def alignment_over_rounds(rows: Rows, method: str, title: str, theme: str = "light") -> bytes:
     """Aggregation error of the same uploads by the method and by plain averaging; the angles."""
     rounds = [row["round"] for row in rows]
     marker = "o" if len(rounds) < 40 else ""
-    with _figure(theme, 2, width=9.6) as (figure, (left, right)):
+    with themed_figure(theme, 2, width=9.6) as (figure, (left, right)):
         style = {"markersize": 3.5, "marker": marker}
         plain = [row["aggregation_error_plain"] for row in rows]
         left.plot(rounds, plain, color=PLAIN, label="plain averaging", linewidth=4, **style)
@@ -73,14 +73,14 @@ def alignment_over_rounds(rows: Rows, method: str, title: str, theme: str = "lig
         right.set_ylim(0, max(1.0, 1.15 * max(angles)))
         for ax in (left, right):
             _rounds_axis(ax, len(rows), from_zero=False)
-        return _png(figure)
+        return png_bytes(figure)
 
 
 def mean_curves(
     curves: Mapping[str, Sequence[Sequence[float]]], title: str, theme: str = "light"
 ) -> bytes:
     """Accuracy over rounds, mean and std band over seeds; ``curves[method][seed][round]``."""
-    with _figure(theme, 1, width=6.4) as (figure, (ax,)):
+    with themed_figure(theme, 1, width=6.4) as (figure, (ax,)):
         length = 0
         for index, (method, seeds) in enumerate(curves.items()):
             values = np.array(seeds)
@@ -96,7 +96,7 @@ def mean_curves(
         _accuracy_axis(ax)
         _rounds_axis(ax, length)
         _legend(ax)
-        return _png(figure)
+        return png_bytes(figure)
 
 
 def grouped_bars(
@@ -113,7 +113,7 @@ def grouped_bars(
     errors of different settings differ by orders of magnitude.
     """
     panels = 1 if accuracy else len(groups)
-    with _figure(theme, panels, width=7.2 if accuracy else 3.2 * panels) as (figure, axes):
+    with themed_figure(theme, panels, width=7.2 if accuracy else 3.2 * panels) as (figure, axes):
         for group, name in enumerate(groups):
             ax = axes[0 if accuracy else group]
             shown = [(label, seeds[group]) for label, seeds in bars.items() if seeds[group]]
@@ -133,7 +133,7 @@ def grouped_bars(
             ax.grid(axis="x", visible=False)
         axes[0].set_ylabel(ylabel)
         _legend_below(figure, axes)
-        return _png(figure)
+        return png_bytes(figure)
 
 
 def _bar(
@@ -218,7 +218,7 @@ def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 @contextmanager
-def _figure(theme: str, panels: int, width: float) -> Any:
+def themed_figure(theme: str, panels: int, width: float, height: float = 3.6) -> Any:
     """A figure with ``panels`` axes side by side in the colours of the page."""
     colors = THEMES[theme]
     style: Any = {
@@ -240,12 +240,12 @@ def _figure(theme: str, panels: int, width: float) -> Any:
     }
     with matplotlib.rc_context(style):
         # No pyplot: nothing global, no window, nothing to close.
-        figure = Figure(figsize=(width, 3.6), dpi=120, layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
-def _png(figure: Figure) -> bytes:
+def png_bytes(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -1,0 +1,116 @@
+"""`fedrot bench` on tiny problems, and the table of the README."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import readme
+from fedrot.bench import cases, run, suites
+from fedrot.cli import app
+
+TINY = (cases.Case("tiny-r2", 2, 2, ((12, 10),) * 2), cases.Case("tiny-r3", 3, 3, ((9, 14),)))
+SWEEPS = {name: [("1", TINY[0]), ("2", TINY[1])] for name in ("clients", "rank")}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Everything small: problems, the limits' buffers, the time for a row."""
+    monkeypatch.setattr(cases, "CASES", TINY)
+    monkeypatch.setattr(run, "SHORT", ["tiny"])
+    monkeypatch.setattr(run, "sweeps", lambda short: SWEEPS)
+    monkeypatch.setattr(run.machine, "cold_bytes", lambda device: 2**16)
+    monkeypatch.setattr("fedrot.bench.floor.CHUNK", 2**16)
+    monkeypatch.setattr("fedrot.bench.floor.PRODUCT", {"cpu": 32, "cuda": 32})
+    monkeypatch.setattr(run.Plan, "seconds", 0.0)
+    monkeypatch.setattr(suites, "POLAR_RANKS", (2, 3))
+    monkeypatch.setattr(suites, "TRUNCATIONS", TINY[1:])
+    monkeypatch.setattr(run.baselines, "compiler_missing", lambda: "no compiler")
+
+
+def bench(*arguments):
+    return CliRunner().invoke(app, ["bench", *(str(a) for a in arguments)], env={"COLUMNS": "200"})
+
+
+def test_full(tmp_path):
+    done = bench("-o", tmp_path, "--threads", 2)
+    assert done.exit_code == 0, done.output
+    (path,) = tmp_path.glob("*-2threads.json")
+    result = json.loads(path.read_text())
+    assert result["machine"]["torch"] and result["machine"]["date"].endswith("UTC")
+    assert [(r["case"], r["dtype"], r["align"]) for r in result["cases"]] == [
+        (case, dtype, align)
+        for dtype in ("float32", "bfloat16")
+        for case in ("tiny-r2", "tiny-r3")
+        for align in ("A", "joint")
+    ]
+    row = result["cases"][0]
+    assert row["bytes"] == 4 * TINY[0].elements
+    assert row["floor"] == max(row["bytes"] / row["bandwidth"], row["flops"] / row["sgemm"])
+    assert set(row["times"]) == {"fedrot", "loop", "stacked", "per_layer", "mean", "foreach_mean"}
+    assert all(0 < t["q25"] <= t["median"] <= t["q75"] for t in row["times"].values())
+    assert [r["threads"] for r in result["threads"]] == [1, 2, 1, 2]
+    assert [r["rank"] for r in result["polar"]] == [2, 3]
+    assert {"whole", "covariance", "polar", "soft", "apply"} < set(result["stages"][0])
+    assert {"dense", "qr"} < set(result["truncation"][0])
+    for picture in ("roofline", "scaling"):
+        png = path.with_name(f"{path.stem}-{picture}.png").read_bytes()
+        assert png.startswith(b"\x89PNG") and len(png) > 5000
+    assert "no compiler" in done.stdout and str(path) in done.stdout.replace("\n", "")
+    line = next(line for line in done.stdout.splitlines() if "tiny-r3" in line)
+    assert f"{row['times']['loop']['median'] / row['times']['fedrot']['median']:.1f}" in done.stdout
+    assert line.split()[1:3] == ["float32", "A"]
+
+
+def test_selection_does_not_replace_a_full_run(tmp_path):
+    done = bench("-o", tmp_path, "--cases", "r3", "--dtype", "float64", "--align", "B", "-q")
+    assert (done.exit_code, done.stdout) == (0, "")
+    (path,) = tmp_path.glob("*.json")
+    assert path.stem.endswith("-selection")
+    result = json.loads(path.read_text())
+    assert [(r["case"], r["dtype"], r["align"]) for r in result["cases"]] == [
+        ("tiny-r3", "float64", "B")
+    ]
+    assert "stages" not in result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cases", "gpt"], "cases must name some of tiny-r2, tiny-r3; got 'gpt'"),
+        (["--dtype", "int8"], "dtype must be of float64, float32, bfloat16, float16; got 'int8'"),
+        (["--align", "C"], "align must be of joint, A, B; got 'C'"),
+        (["--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
+    ],
+)
+def test_bad_options(tmp_path, arguments, message):
+    done = bench("-o", tmp_path, *arguments)
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_readme_shows_the_results():
+    """Made by ``python -m benchmarks.readme``, not typed."""
+    text = (Path(readme.ROOT) / "README.md").read_text(encoding="utf-8")
+    results = readme.load()
+    assert results
+    assert readme.replaced(text, results) == text
+    assert results[0]["cases"][0]["case"] in text
+
+
+def test_readme_table():
+    times = {"fedrot": 2.0, "loop": 100.0, "stacked": 24.0, "per_layer": 26.0, "mean": 3.0}
+    row = {
+        "case": "some",
+        "dtype": "float32",
+        "align": "A",
+        "floor": 1.6,
+        "times": {name: {"median": t} for name, t in times.items()},
+    }
+    machine = {"cpu": "C", "instruction_set": "avx2", "threads": 2, "date": "2026-01-02 03:04 UTC"}
+    result = {"machine": {**machine, "torch": "9"}, "cases": [row, {**row, "align": "joint"}]}
+    lines = readme.block([result]).splitlines()
+    assert lines[0] == "C, avx2, 2 threads, float32, align A (2026-01-02, torch 9):"
+    assert lines[4:] == ["| some | 50x | 12x | 1.5x |  | 1.25 |"]
