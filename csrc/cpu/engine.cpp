@@ -287,11 +287,10 @@ class Engine {
 
   // Spreads the fetching of the list over that many multiply-adds.
   void spread(double multiply_adds, Arena& arena) const {
-    constexpr double hurry = 1;
     double bytes = 0;
     for (const Ahead::Segment& segment : arena.segments) bytes += double(segment.bytes);
     const Ahead::Segment* segments = arena.segments.data();
-    arena.ahead = {segments, segments + arena.segments.size(), 0, hurry * bytes / multiply_adds};
+    arena.ahead = {segments, segments + arena.segments.size(), 0, bytes / multiply_adds};
   }
 
   // work(layer, first, last, arena) for blocks of clients of every layer.
