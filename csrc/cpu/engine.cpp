@@ -214,10 +214,10 @@ class Engine {
       const int last = std::min(first + block, problem_.clients);
       arena.segments.clear();
       if (last < problem_.clients)
-        fetch(layer, last, std::min(last + block, problem_.clients), arena);
+        fetch(layer, last, std::min(last + block, problem_.clients), Align::joint, arena);
       else
         fetch_layer(next, arena);
-      spread(2. * (last - first) * square(layer) * (s.d + s.k), arena);
+      spread(double(last - first) * square(layer) * (covariance_length(s) + s.d + s.k), arena);
       for (int i = first; i < last; ++i)
         covariance(layer, i, reference, W + (i - first) * square(layer), arena);
       rotate(layer, last - first, W, arena);
@@ -235,10 +235,10 @@ class Engine {
     for (int i = 0; i < problem_.clients; ++i) {
       arena.segments.clear();
       if (i + 1 < problem_.clients)
-        fetch(layer, i + 1, i + 2, arena);
+        fetch(layer, i + 1, i + 2, problem_.align, arena);
       else
         fetch(layer, ranges.front(), arena);
-      spread(double(square(layer)) * (s.d + s.k), arena);
+      spread(double(square(layer)) * covariance_length(s), arena);
       covariance(layer, i, reference, W + i * square(layer), arena);
     }
     rotate(layer, problem_.clients, W, arena);
@@ -256,16 +256,24 @@ class Engine {
     }
   }
 
-  // fetch: adds what comes next to the list. Factors with gaps between their rows are left out.
-  void fetch(int layer, int first, int last, Arena& arena) const {
+  // Positions that the covariance of one client sums over.
+  std::int64_t covariance_length(const Layer& s) const {
+    if (!(problem_.lam > 0)) return 0;
+    return (problem_.align != Align::B ? s.k : 0) + (problem_.align != Align::A ? s.d : 0);
+  }
+
+  // fetch: adds what comes next to the list, of whole clients the factors that `align` reads.
+  // Factors with gaps between their rows are left out.
+  void fetch(int layer, int first, int last, Align align, Arena& arena) const {
     const Layer s = problem_.shapes[layer];
     const std::int64_t size = bytes_of(problem_.client_dtype);
     for (int i = first; i < last; ++i) {
       const int index = i * problem_.layers + layer, rank = problem_.ranks[index];
       const Matrix &A = problem_.lora_A[index], &B = problem_.lora_B[index];
-      if (A.row_stride != s.k || B.row_stride != rank) continue;
-      arena.segments.push_back({static_cast<const char*>(A.data), size * rank * s.k});
-      arena.segments.push_back({static_cast<const char*>(B.data), size * rank * s.d});
+      if (align != Align::B && A.row_stride == s.k)
+        arena.segments.push_back({static_cast<const char*>(A.data), size * rank * s.k});
+      if (align != Align::A && B.row_stride == rank)
+        arena.segments.push_back({static_cast<const char*>(B.data), size * rank * s.d});
     }
   }
   void fetch(int layer, const Range& range, Arena& arena) const {
@@ -282,7 +290,12 @@ class Engine {
     }
   }
   void fetch_layer(int layer, Arena& arena) const {
-    if (layer < problem_.layers) fetch(layer, 0, std::max(1, cached_clients(layer)), arena);
+    if (layer >= problem_.layers) return;
+    const int cached = cached_clients(layer);
+    if (cached > 0)
+      fetch(layer, 0, cached, Align::joint, arena);
+    else
+      fetch(layer, 0, 1, problem_.align, arena);
   }
 
   // Spreads the fetching of the list over that many multiply-adds.
@@ -290,7 +303,8 @@ class Engine {
     double bytes = 0;
     for (const Ahead::Segment& segment : arena.segments) bytes += double(segment.bytes);
     const Ahead::Segment* segments = arena.segments.data();
-    arena.ahead = {segments, segments + arena.segments.size(), 0, bytes / multiply_adds};
+    arena.ahead = {segments, segments + arena.segments.size(), 0,
+                   multiply_adds > 0 ? bytes / multiply_adds : 0};
   }
 
   // work(layer, first, last, arena) for blocks of clients of every layer.

@@ -59,7 +59,7 @@ template <class Acc>
 std::size_t panel_scratch(int r) {
   const std::size_t chunk = std::size_t(r) * chunk_length(r);
   const std::size_t small = is_small<Acc>(r) ? std::size_t(client_group) * r * lanes<Acc> : 0;
-  return (client_group + 1) * chunk + std::max(small, small * r / client_group);
+  return (client_group + 1) * chunk + std::max(small, std::size_t(r) * r);
 }
 
 // M (r, r) <- A_i A_ref^T + B_i^T B_ref or what `align` asks for; rows beyond the client's rank 0.
@@ -82,26 +82,33 @@ void covariance(const Problem& problem, int layer, int client, const cpu::Refere
         dot_rows(rank, r, count, X.data, X.direction, Y, reference.A.direction, sums, ahead);
       } else {
         const Term<Acc> term{X.data, X.direction, 1, Y, r, count};
-        product<false>(rank, r, 1, &term, false, M, r, ahead);
+        product<false>(rank, r, 1, &term, Into::added, M, r, ahead);
       }
     }
     if (small)
       for (int e = 0; e < rank * r; ++e) M[e] = horizontal_sum<Acc>(load(sums + e * lanes<Acc>));
   }
-  if (problem.align != Align::A)
-    for (std::int64_t at = 0; at < s.d; at += chunk_length(r)) {
-      const int count = int(std::min<std::int64_t>(chunk_length(r), s.d - at));
-      const Matrix& B = problem.lora_B[index];
-      const Acc* Y = reference.B.data + at * reference.B.position;
-      if (small) {
-        const Acc* X = packed_block(problem.client_dtype, B, rank, r, at, count, panel);
-        with_rank<Acc>(r, [&](auto R) { position_covariance<R>(count, X, Y, M, ahead); });
-      } else {
-        const Block<Acc> X = block(Side::B, problem.client_dtype, B, rank, at, count, panel);
-        const Term<Acc> term{X.data, 1, X.position, Y, reference.B.position, count};
-        product<true>(rank, r, 1, &term, false, M, r, ahead);
-      }
+  if (problem.align == Align::A) return;
+  // Memory has not been read yet: every line of B is loaded once, as a vector, and the reference
+  // is what single elements are taken of. That gives the transpose.
+  Acc* transposed = sums;
+  if (!small) std::fill(transposed, transposed + r * rank, Acc(0));
+  for (std::int64_t at = 0; at < s.d; at += chunk_length(r)) {
+    const int count = int(std::min<std::int64_t>(chunk_length(r), s.d - at));
+    const Matrix& B = problem.lora_B[index];
+    const Acc* Y = reference.B.data + at * reference.B.position;
+    if (small) {
+      const Acc* X = packed_block(problem.client_dtype, B, rank, r, at, count, panel);
+      with_rank<Acc>(r, [&](auto R) { position_covariance<R>(count, X, Y, M, ahead); });
+    } else {
+      const Block<Acc> X = block(Side::B, problem.client_dtype, B, rank, at, count, panel);
+      const Term<Acc> term{Y, 1, reference.B.position, X.data, X.position, count};
+      product<true>(r, rank, 1, &term, Into::added, transposed, rank, ahead);
     }
+  }
+  if (!small)
+    for (int p = 0; p < rank; ++p)
+      for (int q = 0; q < r; ++q) M[p * r + q] += transposed[q * rank + p];
 }
 
 // Positions begin <= t < end of A or B: adds W_i^T A_i or B_i W_i of clients first <= i < last to
@@ -130,6 +137,7 @@ bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std
     const int at_once = clients_at_once(r);
     for (int i = first; i < last; i += at_once) {
       const int group = std::min(at_once, last - i);
+      const Into into = i == 0 ? Into::replaced : Into::continued;
       Term<Acc> terms[client_group];
       const Acc* packed[client_group];
       for (int c = 0; c < group; ++c) {
@@ -149,13 +157,13 @@ bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std
           terms[c] = {X.data, X.position, 1, Wi, r, rank};
       }
       if (side == Side::A)
-        product<true>(r, count, group, terms, i == 0, C, row, ahead);
+        product<true>(r, count, group, terms, into, C, row, ahead);
       else if (small)
         with_rank<Acc>(r, [&](auto R) {
           position_product<R>(count, group, packed, turned, i == 0, C, ahead);
         });
       else
-        product<false>(count, r, group, terms, i == 0, C, row, ahead);
+        product<false>(count, r, group, terms, into, C, row, ahead);
     }
     if (last < problem.clients) continue;
     with_dtype(problem.ref_dtype, [&](auto* type) {

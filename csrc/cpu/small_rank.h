@@ -27,27 +27,35 @@ inline void with_rank(int r, F f) {
 template <int P, int Q, class Acc>
 inline void dot_tile(int count, const Acc* X, std::int64_t x_row, const Acc* Y, std::int64_t y_row,
                      Acc* sums, int cols, Ahead& ahead) {
-  Vector<Acc> s[P][Q];
-  auto at = [=](int p, int q) { return sums + (p * cols + q) * lanes<Acc>; };
-  unrolled<P>([&](int p) { unrolled<Q>([&](int q) { s[p][q] = load(at(p, q)); }); });
-  auto step = [&](auto load_at) {
-    Vector<Acc> y[Q];
-    unrolled<Q>([&](int q) { y[q] = load_at(Y + q * y_row); });
-    unrolled<P>([&](int p) {
-      const Vector<Acc> x = load_at(X + p * x_row);
-      unrolled<Q>([&](int q) { s[p][q] += x * y[q]; });
-    });
-  };
+  Vector<Acc> s[P][Q], y[Q];
+  FEDROT_UNROLL
+  for (int p = 0; p < P; ++p) {
+    FEDROT_UNROLL
+    for (int q = 0; q < Q; ++q) s[p][q] = load(sums + (p * cols + q) * lanes<Acc>);
+  }
   // A step of few ranks is short for the memory it stands for: half of it twice.
-  Stream stream = take(ahead, P * Q * lanes<Acc> / 2, 2 * (count / lanes<Acc>));
-  int t = 0;
-  for (; t + lanes<Acc> <= count; t += lanes<Acc>) {
-    step([=](const Acc* row) { return load(row + t); });
+  Stream stream = take(ahead, P * Q * lanes<Acc> / 2, 2 * ((count + lanes<Acc> - 1) / lanes<Acc>));
+  for (int t = 0; t < count; t += lanes<Acc>) {
+    const int left = count - t;
+    auto load_at = [=](const Acc* p) {
+      return left >= lanes<Acc> ? load(p + t) : load_partial(p + t, left);
+    };
+    FEDROT_UNROLL
+    for (int q = 0; q < Q; ++q) y[q] = load_at(Y + q * y_row);
+    FEDROT_UNROLL
+    for (int p = 0; p < P; ++p) {
+      const Vector<Acc> x = load_at(X + p * x_row);
+      FEDROT_UNROLL
+      for (int q = 0; q < Q; ++q) s[p][q] += x * y[q];
+    }
     advance(stream);
     advance(stream);
   }
-  if (t < count) step([=](const Acc* row) { return load_partial(row + t, count - t); });
-  unrolled<P>([&](int p) { unrolled<Q>([&](int q) { store(at(p, q), s[p][q]); }); });
+  FEDROT_UNROLL
+  for (int p = 0; p < P; ++p) {
+    FEDROT_UNROLL
+    for (int q = 0; q < Q; ++q) store(sums + (p * cols + q) * lanes<Acc>, s[p][q]);
+  }
 }
 
 template <int P, int Q, class Acc>
