@@ -81,8 +81,7 @@ class Engine {
   }
 
   bool aggregate(const Matrix* out_A, const Matrix* out_B) {
-    // With many layers it hardly matters which thread gets the last one.
-    if (threads_ == 1 || problem_.layers >= 4 * threads_)
+    if (layers_balance())
       whole_layers(out_A, out_B);
     else
       in_parts(out_A, out_B);
@@ -187,6 +186,20 @@ class Engine {
     if (!kernels_.apply(problem_, layer, range.side, range.begin, range.end, first, last, W,
                         arena.ahead, out, sums, arena.scratch))
       finite_ = false;
+  }
+
+  // Whether threads that take one layer after the other are done at about the same time.
+  bool layers_balance() const {
+    if (problem_.layers >= 8 * threads_) return true;
+    std::vector<std::int64_t> load(threads_, 0);
+    std::int64_t total = 0;
+    for (int l = 0; l < problem_.layers; ++l) {
+      const Layer s = problem_.shapes[l];
+      const std::int64_t work = std::int64_t(s.r) * s.r * (s.d + s.k);
+      *std::min_element(load.begin(), load.end()) += work;
+      total += work;
+    }
+    return *std::max_element(load.begin(), load.end()) <= 1.15 * total / threads_;
   }
 
   void whole_layers(const Matrix* out_A, const Matrix* out_B) {
