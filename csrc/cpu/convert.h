@@ -118,18 +118,32 @@ inline bool is(DType dtype) {
   return dtype == (sizeof(Acc) == 4 ? DType::f32 : DType::f64);
 }
 
+#if defined(__AVX512F__)
+inline __m512 widen_vector(const Float16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline __m512 widen_vector(const BFloat16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+#elif defined(__AVX2__)
+inline __m256 widen_vector(const Float16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline __m256 widen_vector(const BFloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+#endif
+
 // to[0 .. n) <- from[0 .. n)
 template <class T, class Acc>
 inline void widen_row(const T* from, std::int64_t n, Acc* to) {
   std::int64_t i = 0;
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, Float16> && std::is_same_v<Acc, float>)
-    for (; i + 16 <= n; i += 16)
-      _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + i))));
-#elif defined(__F16C__)
-  if constexpr (std::is_same_v<T, Float16> && std::is_same_v<Acc, float>)
-    for (; i + 8 <= n; i += 8)
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 2 && std::is_same_v<Acc, float>)
+    for (; i + lanes<float> <= n; i += lanes<float>)
+      store(to + i, (Vector<float>)widen_vector(from + i));
 #endif
   for (; i < n; ++i) to[i] = Acc(widen(from[i]));
 }

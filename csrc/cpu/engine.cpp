@@ -76,7 +76,7 @@ class Engine {
     scratch_ = kernels_.scratch_size(largest_rank(problem));
     for (int l = 0; l < problem.layers; ++l) {
       const Layer s = problem.shapes[l];
-      panels_ = std::max<std::size_t>(panels_, s.r * (s.d + s.k));
+      panels_ = std::max<std::size_t>(panels_, s.r * (s.d + s.k + 16));
     }
   }
 

@@ -45,7 +45,7 @@ cpu::Reference<Acc> load_reference(const Problem& problem, int layer, Acc* panel
     }
   }
   if (problem.align != Align::A) {
-    panels += s.r * s.k;
+    panels += s.r * (s.k + panel_padding);
     reference.B =
         is_small<Acc>(s.r)
             ? Block<Acc>{packed_block(problem.ref_dtype, B, s.r, s.r, 0, int(s.d), panels), 1, s.r}
@@ -54,10 +54,15 @@ cpu::Reference<Acc> load_reference(const Problem& problem, int layer, Acc* panel
   return reference;
 }
 
+// Elements of a chunk as a panel.
+inline std::int64_t chunk_elements(int r) {
+  return std::int64_t(r) * (chunk_length(r) + panel_padding);
+}
+
 // Elements of scratch that load_reference(), covariance() and apply() need.
 template <class Acc>
 std::size_t panel_scratch(int r) {
-  const std::size_t chunk = std::size_t(r) * chunk_length(r);
+  const std::size_t chunk = chunk_elements(r);
   const std::size_t small = is_small<Acc>(r) ? std::size_t(client_group) * r * lanes<Acc> : 0;
   return (client_group + 1) * chunk + std::max(small, std::size_t(r) * r);
 }
@@ -69,7 +74,7 @@ void covariance(const Problem& problem, int layer, int client, const cpu::Refere
   const Layer s = problem.shapes[layer];
   const int r = s.r, index = client * problem.layers + layer, rank = problem.ranks[index];
   const bool small = is_small<Acc>(r);
-  Acc *panel = scratch, *sums = scratch + r * chunk_length(r);
+  Acc *panel = scratch, *sums = scratch + chunk_elements(r);
   std::fill(M, M + r * r, Acc(0));
   if (problem.align != Align::B) {
     if (small) std::fill(sums, sums + r * r * lanes<Acc>, Acc(0));
@@ -124,8 +129,8 @@ bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std
   const int r = s.r, length = chunk_length(r);
   const bool small = side == Side::B && is_small<Acc>(r);
   const bool in_place = is<Acc>(problem.ref_dtype) && !(small && out.row_stride != r);
-  Acc *panels = scratch, *own_sums = scratch + client_group * r * length,
-      *turned = own_sums + r * length;
+  Acc *panels = scratch, *own_sums = scratch + client_group * chunk_elements(r),
+      *turned = own_sums + chunk_elements(r);
   bool finite = true;
   for (std::int64_t at = begin; at < end; at += length) {
     const int count = int(std::min<std::int64_t>(length, end - at));
@@ -144,7 +149,7 @@ bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std
         const int index = (i + c) * problem.layers + layer, rank = problem.ranks[index];
         const Matrix& m = (side == Side::A ? problem.lora_A : problem.lora_B)[index];
         const Acc* Wi = W + std::size_t(i + c - first) * r * r;
-        Acc* panel = panels + c * r * length;
+        Acc* panel = panels + c * chunk_elements(r);
         if (small) {
           packed[c] = packed_block(problem.client_dtype, m, rank, r, at, count, panel);
           with_rank<Acc>(r, [&](auto R) { turn_matrix<R>(Wi, turned + c * r * lanes<Acc>); });

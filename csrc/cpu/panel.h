@@ -14,8 +14,12 @@ inline namespace FEDROT_ISA {
 using cpu::Block;
 using cpu::Side;
 
+// From one row of a panel of A to the next: a power of two would put all rows into few sets of the
+// cache.
+constexpr int panel_padding = 16;
+
 // Positions begin <= t < begin + count: in place where the tensor has the accumulator's type,
-// else widened into panel (rank * count).
+// else widened into panel (rank * (count + panel_padding)).
 template <class Acc>
 inline Block<Acc> block(Side side, DType dtype, const Matrix& m, int rank, std::int64_t begin,
                         int count, Acc* panel) {
@@ -29,14 +33,15 @@ inline Block<Acc> block(Side side, DType dtype, const Matrix& m, int rank, std::
     using T = std::remove_pointer_t<decltype(type)>;
     const T* data = static_cast<const T*>(m.data);
     if (side == Side::A)
-      for (int p = 0; p < rank; ++p) widen_row(data + p * stride + begin, count, panel + p * count);
+      for (int p = 0; p < rank; ++p)
+        widen_row(data + p * stride + begin, count, panel + p * (count + panel_padding));
     else if (stride == rank)
       widen_row(data + begin * stride, std::int64_t(count) * rank, panel);
     else
       for (int t = 0; t < count; ++t)
         widen_row(data + (begin + t) * stride, rank, panel + t * rank);
   });
-  return side == Side::A ? Block<Acc>{panel, count, 1} : Block<Acc>{panel, 1, rank};
+  return side == Side::A ? Block<Acc>{panel, count + panel_padding, 1} : Block<Acc>{panel, 1, rank};
 }
 
 // The same of B with exactly `width` >= rank elements a position, zero beyond the rank: in place
