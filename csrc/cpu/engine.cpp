@@ -15,6 +15,7 @@
 #include <memory>
 #include <vector>
 
+#include "buffer.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -45,11 +46,6 @@ std::int64_t cache_bytes() {
   return bytes;
 }
 
-template <class T>
-std::unique_ptr<T[]> uninitialized(std::size_t count) {
-  return std::unique_ptr<T[]>(new T[count]);
-}
-
 // Positions begin <= t < end of A or B.
 struct Range {
   Side side;
@@ -73,10 +69,10 @@ class Engine {
  public:
   Engine(const Problem& problem, int threads)
       : problem_(problem), threads_(threads), arenas_(threads) {
-    scratch_ = kernels_.scratch_size(largest_rank(problem));
+    scratch_ = whole_lines<Acc>(kernels_.scratch_size(largest_rank(problem)));
     for (int l = 0; l < problem.layers; ++l) {
       const Layer s = problem.shapes[l];
-      panels_ = std::max<std::size_t>(panels_, s.r * (s.d + s.k + 16));
+      panels_ = std::max(panels_, whole_lines<Acc>(s.r * (s.d + s.k + 16)));
     }
   }
 
@@ -105,7 +101,7 @@ class Engine {
  private:
   // What one thread works in; made when it takes its first unit.
   struct Arena {
-    std::unique_ptr<Acc[]> memory, matrices;
+    Buffer<Acc> memory, matrices;
     Acc *scratch, *panels, *sums;
     std::size_t matrices_size = 0;
     std::vector<Ahead::Segment> segments;
@@ -367,32 +363,6 @@ class Engine {
   std::atomic<bool> finite_{true};
 };
 
-template <class Acc>
-long polar_batch(const Acc* M, Acc* out, long batch, int m, int n, bool proper, int threads) {
-  const Kernels<Acc>& table = kernels<Acc>();
-  // Matrices a unit: small ones are worked on in groups, large ones are worth a unit each.
-  const int block = n <= 16 ? 64 : n <= 64 ? 8 : 1;
-  const std::size_t square = std::size_t(n) * n, given = std::size_t(m) * n;
-  const std::size_t scratch_size = table.matrix_scratch_size(n) + block * square;
-  const auto scratch = uninitialized<Acc>(scratch_size * threads);
-  std::atomic<long> bad{batch};
-  const int units = int((batch + block - 1) / block);
-  parallel_for(units, threads, [&](int unit, int thread) {
-    Acc* X = scratch.get() + scratch_size * thread;
-    const long first = long(unit) * block, count = std::min<long>(block, batch - first);
-    for (long b = 0; b < count; ++b) {
-      std::copy_n(M + (first + b) * given, given, X + b * square);
-      std::fill(X + b * square + given, X + (b + 1) * square, Acc(0));
-    }
-    const int at = table.polars(n, int(count), X, proper, X + block * square);
-    if (at >= 0)
-      for (long seen = bad; first + at < seen && !bad.compare_exchange_weak(seen, first + at);) {
-      }
-    for (long b = 0; b < count; ++b) std::copy_n(X + b * square, given, out + (first + b) * given);
-  });
-  return bad == batch ? -1 : long(bad);
-}
-
 }  // namespace
 
 bool align_aggregate(const Problem& p, const Matrix* out_A, const Matrix* out_B, int threads) {
@@ -403,14 +373,6 @@ bool align_aggregate(const Problem& p, const Matrix* out_A, const Matrix* out_B,
 bool align(const Problem& p, void* const* out, int threads) {
   return uses_double(p) ? Engine<double>(p, threads).rotations(out)
                         : Engine<float>(p, threads).rotations(out);
-}
-
-long polar(const void* M, void* out, long batch, int m, int n, bool is_double, bool proper,
-           int threads) {
-  return is_double ? polar_batch(static_cast<const double*>(M), static_cast<double*>(out), batch, m,
-                                 n, proper, threads)
-                   : polar_batch(static_cast<const float*>(M), static_cast<float*>(out), batch, m,
-                                 n, proper, threads);
 }
 
 }  // namespace fedrot::cpu
