@@ -28,12 +28,6 @@ bool uses_double(const Problem& p) {
 
 std::int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-int largest_rank(const Problem& p) {
-  int r = 1;
-  for (int l = 0; l < p.layers; ++l) r = std::max(r, p.shapes[l].r);
-  return r;
-}
-
 // Bytes of client factors that a core's second-level cache keeps beside the next ones.
 std::int64_t cache_bytes() {
   static const std::int64_t bytes = [] {
@@ -69,9 +63,10 @@ class Engine {
  public:
   Engine(const Problem& problem, int threads)
       : problem_(problem), threads_(threads), arenas_(threads) {
-    scratch_ = whole_lines<Acc>(kernels_.scratch_size(largest_rank(problem)));
     for (int l = 0; l < problem.layers; ++l) {
       const Layer s = problem.shapes[l];
+      // Not the largest rank's alone: chunks of other ranks may be longer.
+      scratch_ = std::max(scratch_, whole_lines<Acc>(kernels_.scratch_size(s.r)));
       panels_ = std::max(panels_, whole_lines<Acc>(s.r * (s.d + s.k + 16)));
     }
   }
@@ -199,10 +194,11 @@ class Engine {
   }
 
   void whole_layers(const Matrix* out_A, const Matrix* out_B) {
-    std::atomic<int> taken{0};
-    parallel_for(std::min(threads_, problem_.layers), threads_, [&](int, int thread) {
+    const int first = std::min(threads_, problem_.layers);
+    std::atomic<int> taken{first};
+    parallel_for(first, threads_, [&](int unit, int thread) {
       // The next layer is taken before this one is done: its first clients are fetched meanwhile.
-      for (int layer = taken++, next; layer < problem_.layers; layer = next) {
+      for (int layer = unit, next; layer < problem_.layers; layer = next) {
         next = taken++;
         if (cached_clients(layer) > 0)
           read_once(layer, next, out_A[layer], out_B[layer], arena(thread));

@@ -34,12 +34,13 @@ inline Block<Acc> block(Side side, DType dtype, const Matrix& m, int rank, std::
     const T* data = static_cast<const T*>(m.data);
     if (side == Side::A)
       for (int p = 0; p < rank; ++p)
-        widen_row(data + p * stride + begin, count, panel + p * (count + panel_padding));
+        widen_row(data + p * stride + begin, count,
+                  panel + std::int64_t(p) * (count + panel_padding));
     else if (stride == rank)
       widen_row(data + begin * stride, std::int64_t(count) * rank, panel);
     else
       for (int t = 0; t < count; ++t)
-        widen_row(data + (begin + t) * stride, rank, panel + t * rank);
+        widen_row(data + (begin + t) * stride, rank, panel + std::int64_t(t) * rank);
   });
   return side == Side::A ? Block<Acc>{panel, count + panel_padding, 1} : Block<Acc>{panel, 1, rank};
 }
@@ -56,7 +57,8 @@ inline const Acc* packed_block(DType dtype, const Matrix& m, int rank, int width
     const T* data = static_cast<const T*>(m.data) + begin * m.row_stride;
     for (int t = 0; t < count; ++t)
       for (int p = 0; p < width; ++p)
-        panel[t * width + p] = p < rank ? Acc(widen(data[t * m.row_stride + p])) : Acc(0);
+        panel[std::int64_t(t) * width + p] =
+            p < rank ? Acc(widen(data[t * m.row_stride + p])) : Acc(0);
   });
   return panel;
 }
