@@ -28,7 +28,7 @@ inline Stream take(Ahead& ahead, int multiply_adds, std::int64_t iterations) {
 }
 
 inline void advance(Stream& stream) {
-  __builtin_prefetch(stream.at, 0, 3);
+  __builtin_prefetch(stream.at);
   stream.at += stream.step;
 }
 

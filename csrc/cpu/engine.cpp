@@ -67,7 +67,7 @@ class Engine {
       const Layer s = problem.shapes[l];
       // Not the largest rank's alone: chunks of other ranks may be longer.
       scratch_ = std::max(scratch_, whole_lines<Acc>(kernels_.scratch_size(s.r)));
-      panels_ = std::max(panels_, whole_lines<Acc>(s.r * (s.d + s.k + 16)));
+      panels_ = std::max(panels_, whole_lines<Acc>(s.r * (s.d + s.k + panel_padding)));
     }
   }
 

@@ -11,6 +11,10 @@ namespace fedrot::cpu {
 
 enum class Side { A, B };
 
+// Elements more from one row of a panel of A to the next: a power of two would put all rows into
+// few sets of the cache.
+constexpr int panel_padding = 16;
+
 // Part of a factor: direction p (of the rank) at position t (along k of A, d of B) is
 // data[p * direction + t * position].
 template <class Acc>
@@ -42,7 +46,7 @@ struct Kernels {
   // Elements of scratch that any stage needs for rank r; r x r matrices alone need the second.
   std::size_t (*scratch_size)(int r);
   std::size_t (*matrix_scratch_size)(int r);
-  // Uses panels of r * (d + k + 16) elements for what cannot be read in place.
+  // Uses panels of r * (d + k + panel_padding) elements for what cannot be read in place.
   Reference<Acc> (*load_reference)(const Problem&, int layer, Acc* panels, Acc* scratch);
   // M (r, r) of one client and layer, zero rows beyond the client's rank.
   void (*covariance)(const Problem&, int layer, int client, const Reference<Acc>&, Ahead&, Acc* M,

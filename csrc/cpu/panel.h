@@ -12,11 +12,8 @@ namespace fedrot {
 inline namespace FEDROT_ISA {
 
 using cpu::Block;
+using cpu::panel_padding;
 using cpu::Side;
-
-// From one row of a panel of A to the next: a power of two would put all rows into few sets of the
-// cache.
-constexpr int panel_padding = 16;
 
 // Positions begin <= t < begin + count: in place where the tensor has the accumulator's type,
 // else widened into panel (rank * (count + panel_padding)).
