@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -12,6 +13,7 @@
 #include "cpu/finite.h"
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
+#include "device.h"
 #include "problem.h"
 #include "tables.h"
 
@@ -95,6 +97,37 @@ struct Outputs {
   std::vector<Matrix> A, B;
 };
 
+void define_device(py::module_& m) {
+  namespace device = fedrot::device;
+  py::class_<device::Sections>(m, "Sections")
+      .def_readonly("bases", &device::Sections::bases)
+      .def_readonly("layers", &device::Sections::layers)
+      .def_readonly("clients", &device::Sections::clients)
+      .def_readonly("covariance_units", &device::Sections::covariance_units)
+      .def_readonly("apply_units", &device::Sections::apply_units)
+      .def_readonly("size", &device::Sections::size);
+  py::class_<device::Call>(m, "DeviceCall", "A call laid out for a GPU (csrc/device.h).")
+      .def(py::init([](const Tables& tables, int align, bool aggregate, std::int64_t cache_bytes) {
+        return device::Call(tables, fedrot::Align(align), aggregate, cache_bytes);
+      }))
+      .def_readonly("sections", &device::Call::sections)
+      .def_readonly("partials", &device::Call::partials)
+      .def_readonly("rotations", &device::Call::rotations)
+      .def_property_readonly(
+          "launches",
+          [](const device::Call& call) {
+            std::vector<std::array<std::int64_t, 4>> list;
+            for (const device::Launch& l : call.launches)
+              list.push_back({l.covariance_begin, l.covariance_end, l.apply_begin, l.apply_end});
+            return list;
+          })
+      .def("pack", [](const device::Call& call, const Tables& tables, const Strides& bases,
+                      const Strides& R, const Outputs& out, std::uintptr_t to) {
+        call.pack(tables, bases, R, out.A, out.B, reinterpret_cast<std::int64_t*>(to));
+      });
+  m.def("rotations_in", &device::rotations_in);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -102,7 +135,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("instruction_set") = fedrot::cpu::instruction_set();
   py::class_<Tables>(m, "Tables")
       .def(py::init(&checked))
-      .def_property_readonly("clients", &Tables::clients);
+      .def_property_readonly("clients", &Tables::clients)
+      .def_readonly("ranks", &Tables::ranks)
+      .def_property_readonly("shapes", [](const Tables& tables) {
+        std::vector<std::tuple<std::int64_t, std::int64_t, int>> shapes;
+        for (const fedrot::Layer& l : tables.shapes) shapes.emplace_back(l.d, l.k, l.r);
+        return shapes;
+      });
   py::class_<Reader>(m, "Reader")
       .def(py::init<const py::capsule&, const py::tuple&>())
       .def("read", &Reader::read, "The tables of a call that is plainly right, or None.");
@@ -111,6 +150,7 @@ PYBIND11_MODULE(_cpu, m) {
                        const Strides& stride_B) {
         return Outputs{matrices(A, stride_A), matrices(B, stride_B)};
       }));
+  define_device(m);
   m.def(
       "align_aggregate",
       [](const Tables& tables, const std::vector<double>& weights, double lam, int align,

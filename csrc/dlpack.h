@@ -9,7 +9,6 @@ namespace fedrot::dlpack {
 
 constexpr const char* capsule_name = "dlpack_exchange_api";
 constexpr std::uint32_t major_version = 1;
-constexpr std::int32_t cpu_device = 1;                   // kDLCPU
 constexpr std::uint8_t float_code = 2, bfloat_code = 4;  // kDLFloat, kDLBfloat
 
 struct Tensor {  // DLTensor

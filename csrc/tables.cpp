@@ -6,10 +6,16 @@
 namespace fedrot {
 namespace {
 
+struct Device {
+  std::int32_t type, id;
+  bool operator==(const Device& other) const { return type == other.type && id == other.id; }
+};
+
 struct View {
   Matrix matrix;
   std::int64_t rows, columns;
   DType dtype;
+  Device device;
 };
 
 std::optional<DType> dtype_of(const dlpack::Tensor& t) {
@@ -23,17 +29,16 @@ std::optional<DType> dtype_of(const dlpack::Tensor& t) {
   return {};
 }
 
-// A non-empty matrix on the CPU whose rows are contiguous.
+// A non-empty matrix whose rows are contiguous.
 std::optional<View> view(dlpack::Show show, void* object) {
   dlpack::Tensor t{};
   if (show(object, &t) != 0) return {};
   const std::optional<DType> dtype = dtype_of(t);
-  if (!dtype || t.device_type != dlpack::cpu_device || t.ndim != 2 || !t.data || !t.strides)
-    return {};
+  if (!dtype || t.ndim != 2 || !t.data || !t.strides) return {};
   const std::int64_t rows = t.shape[0], columns = t.shape[1];
   if (rows < 1 || columns < 1 || (columns > 1 && t.strides[1] != 1)) return {};
   void* data = static_cast<char*>(t.data) + t.byte_offset;
-  return View{{data, t.strides[0]}, rows, columns, *dtype};
+  return View{{data, t.strides[0]}, rows, columns, *dtype, {t.device_type, t.device_id}};
 }
 
 }  // namespace
@@ -59,14 +64,16 @@ std::optional<Tables> read(dlpack::Show show, const std::vector<void*>& lora_A,
     return {};
 
   Tables tables;
+  Device device{};
   tables.shapes.reserve(layers);
   tables.ref_A.reserve(layers);
   tables.ref_B.reserve(layers);
   for (std::size_t l = 0; l < layers; ++l) {
     const std::optional<View> A = view(show, ref_A[l]), B = view(show, ref_B[l]);
     if (!A || !B || A->rows != B->columns || A->rows > std::numeric_limits<int>::max()) return {};
-    if (l == 0) tables.ref_dtype = A->dtype;
+    if (l == 0) tables.ref_dtype = A->dtype, device = A->device;
     if (A->dtype != tables.ref_dtype || B->dtype != tables.ref_dtype) return {};
+    if (!(A->device == device) || !(B->device == device)) return {};
     tables.shapes.push_back({B->rows, A->columns, int(A->rows)});
     tables.ref_A.push_back(A->matrix);
     tables.ref_B.push_back(B->matrix);
@@ -83,6 +90,7 @@ std::optional<Tables> read(dlpack::Show show, const std::vector<void*>& lora_A,
       return {};
     if (i == 0) tables.client_dtype = A->dtype;
     if (A->dtype != tables.client_dtype || B->dtype != tables.client_dtype) return {};
+    if (!(A->device == device) || !(B->device == device)) return {};
     tables.ranks.push_back(int(A->rows));
     tables.lora_A.push_back(A->matrix);
     tables.lora_B.push_back(B->matrix);

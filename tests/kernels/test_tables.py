@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import planted
 
-from fedrot_kernels.backends import cpu
+from fedrot_kernels import tables
 from fedrot_kernels.ops import check
 
 op = torch.ops.fedrot
 SHAPES = [(9, 14, 4), (31, 8, 2)]
 
-native = pytest.mark.skipif(cpu._native is None, reason="torch without the DLPack exchange API")
+native = pytest.mark.skipif(tables._native is None, reason="torch without the DLPack exchange API")
 
 
 def strided(t, layout):
@@ -98,11 +98,11 @@ def test_native_reading_accepts_what_check_accepts(clients, shapes, dtype, layou
             problem = check(*inputs, None, 0.4, "joint")
         except (TypeError, ValueError):
             problem = None
-        tables = cpu._native.read(*inputs)
+        read = tables._native.read(*inputs)
         on_cpu = all(t.device.type == "cpu" for tensors in inputs for t in tensors)
-        assert (tables is not None) == (problem is not None and on_cpu), what
-        if tables is not None:
-            assert tables.clients == problem.clients, what
+        assert (read is not None) == (problem is not None and on_cpu), what
+        if read is not None:
+            assert read.clients == problem.clients, what
 
 
 @native
@@ -111,7 +111,7 @@ def test_what_is_not_plain_memory_is_left_to_check():
         pass
 
     A, B = torch.randn(2, 4), torch.randn(3, 2)
-    assert cpu._native.read([A], [B], [A], [B]) is not None
+    assert tables._native.read([A], [B], [A], [B]) is not None
     mode = torch._subclasses.FakeTensorMode()
     for other in (
         A.as_subclass(Subclass),
@@ -122,14 +122,14 @@ def test_what_is_not_plain_memory_is_left_to_check():
         None,
         3,
     ):
-        assert cpu._native.read([other], [B], [A], [B]) is None, other
-        assert cpu._native.read([A], [B], [other], [B]) is None, other
+        assert tables._native.read([other], [B], [A], [B]) is None, other
+        assert tables._native.read([A], [B], [other], [B]) is None, other
 
 
 @native
 def test_an_unknown_exchange_api_is_refused():
     with pytest.raises(ValueError, match="PyCapsule_GetPointer called with incorrect name"):
-        cpu._cpu.Reader(torch.utils.dlpack.to_dlpack(torch.ones(1)), (torch.Tensor,))
+        tables._cpu.Reader(torch.utils.dlpack.to_dlpack(torch.ones(1)), (torch.Tensor,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -144,7 +144,7 @@ def test_reading_from_python_gives_the_same_bits(monkeypatch, dtype):
         return [*A, *B, *op.align(*views, lam=0.7)]
 
     expected = results()
-    monkeypatch.setattr(cpu, "_native", None)
+    monkeypatch.setattr(tables, "_native", None)
     actual = results()
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 

@@ -1,0 +1,90 @@
+"""What the CUDA and the Triton backend share: a call laid out in device memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedrot_kernels.native import load
+from fedrot_kernels.ops import ALIGN_MODES, accumulate_dtype
+from fedrot_kernels.tables import Factors, outputs, read
+
+_cpu = load("_cpu")
+
+
+class Layout:
+    """One call of ``align_aggregate`` or ``align`` as device kernels read it (``csrc/device.h``).
+
+    Everything a kernel needs is allocated and copied here; launching over it does neither.
+
+    Attributes:
+        table: int64, on the device; ``sections`` holds the offsets of its parts.
+        launches: ``(covariance_begin, covariance_end, apply_begin, apply_end)``, ranges of units.
+        partials: workspace for the partial cross-covariances, in ``dtype``.
+        counters: int32 ``(clients * layers,)``, zero; a kernel that counts leaves them zero.
+        weights: float64 ``(clients,)`` or ``None``, as given: kernels normalise.
+        dtype: what is accumulated in, float32 or float64.
+    """
+
+    def __init__(
+        self,
+        factors: Factors,
+        weights: Tensor | None,
+        lam: float,
+        align: str,
+        *,
+        out: tuple[list[Tensor], list[Tensor]] | None = None,
+        rotations: list[Tensor] | None = None,
+        bases: list[int] | None = None,
+    ) -> None:
+        """``out`` for ``align_aggregate``, ``rotations`` (``clients * layers``) for ``align``;
+        ``bases[i]`` is the address that client ``i``'s may be moved from, see :meth:`rebase`."""
+        self._tables, self._factors = tables, factors = read(factors, weights, lam, align)
+        self.clients, self.layers = tables.clients, len(tables.shapes)
+        self.client_dtype, self.out_dtype = factors[0][0].dtype, factors[2][0].dtype
+        self.dtype = accumulate_dtype(self.client_dtype, self.out_dtype)
+        self.device = device = factors[0][0].device
+        self.largest_rank = max(r for _, _, r in tables.shapes)
+
+        call = _cpu.DeviceCall(
+            tables, ALIGN_MODES.index(align), out is not None, _cache_bytes(device)
+        )
+        self.sections, self.launches = call.sections, call.launches
+        self.partials = torch.empty(call.partials, dtype=self.dtype, device=device)
+        self.counters = torch.zeros(tables.clients * self.layers, dtype=torch.int32, device=device)
+        if rotations is None:
+            self.rotations = torch.empty(call.rotations, dtype=self.dtype, device=device)
+            addresses = _cpu.rotations_in(self.rotations.data_ptr(), self.dtype.itemsize, tables)
+        else:
+            addresses = [R.data_ptr() for R in rotations]
+
+        host = torch.empty(call.sections.size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        A, B = out or ([], [])
+        call.pack(tables, bases or [0] * self.clients, addresses, outputs(A, B), host.data_ptr())
+        self.table = host.to(device, non_blocking=True)
+
+        # Read where they lie if possible, else refreshed before every launch.
+        self.weights = weights
+        self._converted: tuple[Tensor, Tensor] | None = None
+        if weights is not None and not (weights.dtype == torch.float64 and weights.is_contiguous()):
+            self.weights = weights.to(torch.float64, copy=True).contiguous()
+            self._converted = (self.weights, weights)
+
+    def refresh(self) -> None:
+        """Take over the present values of the weights; before the launches of every call."""
+        if self._converted is not None:
+            to, given = self._converted
+            to.copy_(given)
+
+    def rebase(self, bases: list[int]) -> None:
+        """Point every client at another buffer of the same layout."""
+        host = torch.tensor(bases, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        self.table[: self.clients].copy_(host, non_blocking=True)
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """How much of the factors a group of layers may hold so that its second read, one launch
+    later, finds them in the L2 cache beside the next group's."""
+    if device.type != "cuda":
+        return 16 << 20
+    return int(torch.cuda.get_device_properties(device).L2_cache_size * 2 / 5)
