@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from fedrot_kernels.backends import cpu, reference
+from fedrot_kernels import backends
 from fedrot_kernels.ops import align, align_aggregate, polar
 from fedrot_kernels.plan import Plan
 
 __all__ = ["__version__", "Plan", "align", "align_aggregate", "polar"]
 __version__ = "0.1.0"
 
-# Whatever device has no kernel of its own gets the reference.
-reference.register("CompositeExplicitAutograd")
-cpu.register()
+backends.register()

@@ -1,1 +1,68 @@
-"""One module a backend; each only registers its implementations of the operators."""
+"""One module a backend; each only registers its implementations. Which one runs is decided here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+
+import torch
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+
+chosen: dict[str, str] = {}
+"""The backend that runs for each kind of device: ``{"cpu": "cpu", "cuda": "triton"}``."""
+
+
+def register() -> None:
+    """Register the backends: native kernels for CPU tensors; for CUDA (and ROCm) tensors the
+    native CUDA kernels where they were built, else Triton's; the reference everywhere else.
+
+    The environment variable ``FEDROT_BACKEND`` forces one: ``cuda`` and ``triton`` for GPU tensors
+    (``triton`` for CPU tensors too where ``TRITON_INTERPRET=1`` makes that possible),
+    ``reference`` for all, ``cpu`` nothing but the CPU kernels.
+
+    Raises:
+        ValueError: ``FEDROT_BACKEND`` names no backend.
+        ImportError: the backend that it names is not installed.
+    """
+    from fedrot_kernels.backends import cpu, reference
+
+    forced = os.environ.get("FEDROT_BACKEND") or None
+    if forced not in (None, *BACKENDS):
+        raise ValueError(f"FEDROT_BACKEND must be one of {', '.join(BACKENDS)}, got {forced!r}")
+    reference.register("CompositeExplicitAutograd")
+    chosen.update(cpu="reference", cuda="reference")
+    if forced == "reference":
+        return
+    if forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        _register_triton("cpu")
+    else:
+        cpu.register()
+        chosen["cpu"] = "cpu"
+    if forced == "cpu":
+        return
+    if forced == "cuda" or (forced is None and torch.version.cuda and _installed("_cuda")):
+        from fedrot_kernels.backends import cuda
+
+        cuda.register()
+        chosen["cuda"] = "cuda"
+    elif forced == "triton" or (torch.backends.cuda.is_built() and _installed("triton", "")):
+        _register_triton("cuda")
+    elif torch.backends.cuda.is_built():
+        warnings.warn(
+            "fedrot has no kernels for GPU tensors here: they run the float64 reference on the "
+            "CPU. pip install triton, or install fedrot where nvcc is found",
+            stacklevel=2,
+        )
+
+
+def _register_triton(device_type: str) -> None:
+    from fedrot_kernels.backends import triton
+
+    triton.register(device_type.upper())
+    chosen[device_type] = "triton"
+
+
+def _installed(module: str, package: str = "fedrot_kernels") -> bool:
+    return importlib.util.find_spec(f"{package}.{module}" if package else module) is not None
