@@ -151,9 +151,8 @@ def train_round(
         draw_batches(federation.examples[i], config.local, generator(seed, "batches", round, i))
         for i in clients
     ]
-    trained, losses = train_clients(
-        model, starts, federation.data.train, batches, config.local, track
-    )
+    done = train_clients(model, starts, federation.data.train, batches, config.local, track=track)
+    trained, losses = done.factors, done.losses
     _check_converging(losses, round, config.local.lr)
     if config.regauge:
         trained = [regauge(f, generator(seed, "gauge", round, i)) for i, f in enumerate(trained)]
