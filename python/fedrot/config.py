@@ -63,6 +63,9 @@ class Local:
 class Config:
     """Everything that decides the numbers of one run.
 
+    ``validation``: this fraction of the training examples is held out and takes the place of the
+    test part, for choosing options.
+
     ``threads`` of PyTorch: one by default, so that numbers do not depend on the number of cores
     (and a model this small gains little from more); ``null`` leaves PyTorch's choice.
     """
@@ -72,6 +75,7 @@ class Config:
     rounds: int = option(12, at_least=1)
     start: str = option("shared", choices=("shared", "own"))
     regauge: bool = option(False)
+    validation: float = option(0.0, at_least=0, below=1)
     threads: int | None = option(1, at_least=1)
     clients: Clients = field(default_factory=Clients)
     lora: Lora = field(default_factory=Lora)
