@@ -67,6 +67,22 @@ def test_tuning_sees_neither_the_test_part_nor_the_seeds(tmp_path):
         assert (config.method.lam, config.method.align) == (0.5, "A")
 
 
+def test_a_cell_may_be_several_options(tmp_path):
+    training = [{"local.optimizer": "adam", "local.lr": 0.01}, {"local.lr": 0.2}]
+    vary = {"training": training, "clients.alpha": [0.3]}
+    experiment = read_experiment(write(tmp_path, vary=vary, tune={}))
+    assert [cell.label for cell in experiment.cells] == [
+        "training adam 0.01, alpha 0.3",
+        "training 0.2, alpha 0.3",
+    ]
+    assert experiment.cells[0].folder == "training-adam-0.01_alpha-0.3"
+    configs = [
+        experiment.config(cell, experiment.methods[0], {}, 0, tuning=False)
+        for cell in experiment.cells
+    ]
+    assert [(c.local.optimizer, c.local.lr) for c in configs] == [("adam", 0.01), ("sgd", 0.2)]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

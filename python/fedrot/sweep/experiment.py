@@ -3,7 +3,8 @@
     title: Number of clients
     claim: What the paper says, with the number of the table or figure.
     options: {rounds: 12, clients.alpha: 0.5}     # of every run, as in a configuration file
-    vary: {clients.count: [3, 10, 50]}            # a cell for each value (or combination)
+    vary: {clients.count: [3, 10, 50]}            # a cell for each value (or combination); a value
+                                                  # may be several options: {local.lr: 0.1, ...}
     methods: [fedit, flexlora, "fedrot:align=A"]  # the first one is the baseline
     tune: {local.lr: [0.1, 0.3, 1.0], method.lam: [0.4, 1.0]}
     tune_seeds: 2
@@ -19,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,16 +42,25 @@ VALIDATION = 0.2  # of the training examples, while tuning
 class Cell:
     """One condition: the varied options."""
 
-    options: Mapping[str, Any]  # by dotted key
+    options: Mapping[str, Any]  # by dotted key, or by any name a mapping of several options
+
+    @property
+    def tree(self) -> Tree:
+        several = (v if isinstance(v, dict) else {key: v} for key, v in self.options.items())
+        return merge(*(nested(k, v) for options in several for k, v in options.items()))
 
     @property
     def label(self) -> str:
-        return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.options.items())
+        return ", ".join(f"{name} {value}" for name, value in self._parts())
 
     @property
     def folder(self) -> str:
-        parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in self.options.items()]
-        return "_".join(parts) or "all"
+        return "_".join(f"{n}-{v}".replace(" ", "-") for n, v in self._parts()) or "all"
+
+    def _parts(self) -> Iterator[tuple[str, str]]:
+        for key, value in self.options.items():
+            several = value.values() if isinstance(value, dict) else [value]
+            yield key.rpartition(".")[2], " ".join(map(str, several))
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ class Experiment:
 
     def config(self, cell: Cell, variant: Variant, trial: Tree, seed: int, tuning: bool) -> Config:
         """The configuration of one run."""
-        common = merge(self.options, *(nested(k, v) for k, v in cell.options.items()))
+        common = merge(self.options, cell.tree)
         method = {k: v for k, v in common.get("method", {}).items() if has(variant, k)}
         rest = {k: v for k, v in common.items() if k != "method"}
         return load(
@@ -137,8 +147,9 @@ def read_experiment(path: Path, overrides: Tree | None = None) -> Experiment:
     for key in ("title", "methods"):
         if not tree.get(key):
             raise FedrotError(f"{path}: {key} is missing")
+    tree["tune"] = flatten(tree.get("tune") or {})
+    tree["vary"] = dict(tree.get("vary") or {})
     for key in ("vary", "tune"):
-        tree[key] = flatten(tree.get(key) or {})
         for axis, values in tree[key].items():
             if not isinstance(values, list) or not values:
                 raise FedrotError(f"{path}: {key}.{axis} must be a list of values, got {values!r}")
