@@ -33,7 +33,7 @@ TINY = {
 
 def write(folder, **changes):
     path = folder / "try.yaml"
-    path.write_text(yaml.safe_dump({**TINY, **changes}))
+    path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
     return path
 
 
