@@ -8,9 +8,9 @@ from small import SMALL
 
 from fedrot.config import load
 from fedrot.factors import Factors
+from fedrot.gauge import haar, regauge
 from fedrot.options import merge, parse_overrides
 from fedrot.simulation.adapter import draw_factors, get_factors, parameter_names, set_factors
-from fedrot.simulation.gauge import haar, regauge
 from fedrot.simulation.local import draw_batches, train_clients
 from fedrot.simulation.rounds import prepare, train_round
 from fedrot.simulation.seeding import generator

@@ -18,6 +18,7 @@ from fedrot import __version__
 from fedrot.config import Config
 from fedrot.errors import FedrotError
 from fedrot.factors import Factors
+from fedrot.gauge import regauge
 from fedrot.methods import FedIT
 from fedrot.metrics import aggregation_error, rotation_angles, total
 from fedrot.report.pages import write_run_report
@@ -30,7 +31,6 @@ from fedrot.simulation.adapter import (
     set_factors,
 )
 from fedrot.simulation.checkpoint import Checkpoint
-from fedrot.simulation.gauge import regauge
 from fedrot.simulation.local import draw_batches, train_clients
 from fedrot.simulation.run_dir import Row, RunDir, open_run
 from fedrot.simulation.seeding import generator
