@@ -106,12 +106,14 @@ def federate(
     resume: bool = False,
     force: bool = False,
     uploads_from: Path | None = None,
+    report: bool = True,
     track: Track = no_progress,
 ) -> dict[str, Any]:
     """Run a federation into the folder ``path`` and return its summary.
 
     A finished run is returned as it is under ``resume``. ``uploads_from``: a finished one-shot
     run of the same configuration, save the method, whose uploads are taken instead of training.
+    ``report``: with pictures and ``report.html``.
 
     Raises:
         FedrotError: the folder must not be touched, the configuration differs from the one to
@@ -130,7 +132,12 @@ def federate(
             rows.append(row)
             run.write_rows(rows)
             checkpoint.save(run.checkpoint, server)
-        return _finish(federation, run, server, rows)
+        summary = _summary(federation, rows)
+        _save_model(federation, run, server)
+        if report:
+            write_run_report(run.path, config, summary, rows)
+        run.finish(summary)
+        return summary
 
 
 def prepare(config: Config, track: Track = no_progress) -> Federation:
@@ -289,7 +296,7 @@ def _read_uploads(federation: Federation, run: RunDir) -> Uploads:
     )
 
 
-def _finish(federation: Federation, run: RunDir, server: Server, rows: list[Row]) -> dict[str, Any]:
+def _summary(federation: Federation, rows: list[Row]) -> dict[str, Any]:
     config, last = federation.config, rows[-1]
     scores = [key for key in last if key.startswith(("accuracy", "loss"))]
     summary = {
@@ -311,9 +318,6 @@ def _finish(federation: Federation, run: RunDir, server: Server, rows: list[Row]
     if "client_accuracies" in last:
         alone = last["client_accuracies"]
         summary["client_accuracy"] = math.fsum(alone) / len(alone)
-    _save_model(federation, run, server)
-    write_run_report(run.path, config, summary, rows)
-    run.finish(summary)
     return summary
 
 

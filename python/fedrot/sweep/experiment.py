@@ -28,11 +28,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fedrot.config import Config, load
+from fedrot.config import Config
 from fedrot.errors import FedrotError
-from fedrot.methods import METHODS
 from fedrot.options import Tree, flatten, merge, nested
-from fedrot.simulation.comparison import Variant, parse_variant
+from fedrot.simulation.comparison import Variant, configure, has_option, parse_variant
 
 TUNE_SEED = 10_000  # seeds of the tuning runs begin here, apart from those of the results
 VALIDATION = 0.2  # of the training examples, while tuning
@@ -110,25 +109,17 @@ class Experiment:
 
     def config(self, cell: Cell, variant: Variant, trial: Tree, seed: int, tuning: bool) -> Config:
         """The configuration of one run."""
-        common = merge(self.options, cell.tree)
-        method = {k: v for k, v in common.get("method", {}).items() if has(variant, k)}
-        rest = {k: v for k, v in common.items() if k != "method"}
-        return load(
-            rest,
-            {"method": merge(method, variant.options)},
+        return configure(
+            merge(self.options, cell.tree),
+            variant,
             *(nested(key, value) for key, value in trial.items()),
             {"seed": seed, **({"validation": VALIDATION} if tuning else {})},
         )
 
 
-def has(variant: Variant, option: str) -> bool:
-    """Whether the method has an option of that name."""
-    return option in {f.name for f in dataclasses.fields(METHODS[variant.options["name"]])}
-
-
 def tunable(variant: Variant, key: str) -> bool:
     section, _, option = key.partition(".")
-    return section != "method" or (has(variant, option) and option not in variant.options)
+    return section != "method" or (has_option(variant, option) and option not in variant.options)
 
 
 def read_experiment(path: Path, overrides: Tree | None = None) -> Experiment:

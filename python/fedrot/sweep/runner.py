@@ -185,7 +185,7 @@ def _one(job: Job) -> Summary | None:
     from fedrot.simulation.rounds import federate
 
     try:
-        return federate(job.config, job.path, resume=True)
+        return federate(job.config, job.path, resume=True, report=False)
     except Diverged as error:
         write_json(job.path / "failed.json", {"config": job.config.tree(), "error": str(error)})
         return None
