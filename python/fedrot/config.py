@@ -11,16 +11,44 @@ from typing import Any
 
 from fedrot.errors import FedrotError
 from fedrot.methods import METHODS, FedRot, Method
+from fedrot.optimizers import ServerOptimizer
 from fedrot.options import Tree, build, merge, option, pick, to_tree
 from fedrot.tasks import TASKS, Digits, Task
 
 
 @dataclass(frozen=True)
 class Clients:
-    """Who takes part. ``alpha``: Dirichlet concentration of the label split, small is uneven."""
+    """Who takes part. ``alpha``: Dirichlet concentration of the label split, small is uneven.
+
+    ``participation``: who of them trains in a round, drawn anew every round: a fraction up to 1,
+    or a whole number of clients from 2 on. ``weights``: what a client counts in the average.
+    ``ranks``: the clients' own ranks in turn, none above ``lora.r``, which all have for ``null``;
+    the scaling is that of ``lora.r`` for all.
+    """
 
     count: int = option(10, at_least=1)
     alpha: float = option(0.5, above=0)
+    participation: float = option(1.0, above=0)
+    weights: str = option("uniform", choices=("uniform", "samples"))
+    ranks: tuple[int, ...] | None = option(None, at_least=1)
+
+    def __post_init__(self) -> None:
+        if self.participation > 1 and self.participation not in range(2, self.count + 1):
+            raise FedrotError(
+                "clients.participation must be a fraction up to 1, or a whole number from 2 to "
+                f"clients.count={self.count}, got {self.participation:g}"
+            )
+
+    @property
+    def per_round(self) -> int:
+        """How many clients train in a round."""
+        if self.participation > 1:
+            return int(self.participation)
+        return max(1, round(self.participation * self.count))
+
+    def rank(self, client: int) -> int | None:
+        """The client's own rank; ``None`` is the global one."""
+        return self.ranks[client % len(self.ranks)] if self.ranks else None
 
 
 @dataclass(frozen=True)
@@ -60,10 +88,32 @@ class Config:
     local: Local = field(default_factory=Local)
     task: Task = field(default_factory=Digits, metadata={"kinds": TASKS})
     method: Method = field(default_factory=FedRot, metadata={"kinds": METHODS})
+    server: ServerOptimizer = field(default_factory=ServerOptimizer)
 
     def __post_init__(self) -> None:
+        method, ranks = self.method, self.clients.ranks
         if self.start == "own" and self.rounds != 1:
             raise FedrotError(f"start=own merges once, so rounds must be 1, got {self.rounds}")
+        if self.start == "own" and method.personal:
+            raise FedrotError(f"{method.name} leaves B with the clients: start=own has no use for it")
+        for option_, given in (("start=own", self.start == "own"), ("regauge", self.regauge)):
+            if given and method.same_A:
+                raise FedrotError(
+                    f"{method.name} keeps one A for all clients; {option_} gives each its own"
+                )
+        if self.start == "own" and not self.server.plain:
+            raise FedrotError(
+                f"server.optimizer={self.server.optimizer} steps from the global factors, "
+                "of which start=own has none"
+            )
+        if not method.steady_basis and not self.server.plain:
+            raise FedrotError(
+                f"{method.name} has no pseudo-gradient for server.optimizer="
+                f"{self.server.optimizer}, lr {self.server.rate:g}: its factors are in a new basis, "
+                "or go with the weights folded, every round; only fedavg with lr 1 fits"
+            )
+        if ranks and max(ranks) > self.lora.r:
+            raise FedrotError(f"clients.ranks must not exceed lora.r={self.lora.r}, got {max(ranks)}")
 
     @property
     def synthetic(self) -> bool:
