@@ -115,29 +115,28 @@ class Config:
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
 
     def __post_init__(self) -> None:
-        method, ranks = self.method, self.clients.ranks
-        if self.start == "own" and self.rounds != 1:
+        method, server, own = self.method, self.server, self.start == "own"
+        if own and self.rounds != 1:
             raise FedrotError(f"start=own merges once, so rounds must be 1, got {self.rounds}")
-        if self.start == "own" and method.personal:
-            raise FedrotError(f"{method.name} leaves B with the clients: start=own has no use for it")
-        for option_, given in (("start=own", self.start == "own"), ("regauge", self.regauge)):
-            if given and method.same_A:
-                raise FedrotError(
-                    f"{method.name} keeps one A for all clients; {option_} gives each its own"
-                )
-        if self.start == "own" and not self.server.plain:
+        if own and method.personal:
+            raise FedrotError(f"{method.name} leaves B with the clients: start=own merges nothing")
+        if method.same_A and (own or self.regauge):
+            key = "start=own" if own else "regauge"
+            raise FedrotError(f"{method.name} has one A for all clients, {key} gives each its own")
+        if own and not server.plain:
             raise FedrotError(
-                f"server.optimizer={self.server.optimizer} steps from the global factors, "
-                "of which start=own has none"
+                f"server.optimizer={server.optimizer}, lr {server.rate:g} steps from the global "
+                "factors, and start=own has none"
             )
-        if not method.steady_basis and not self.server.plain:
+        if not method.steady_basis and not server.plain:
             raise FedrotError(
-                f"{method.name} has no pseudo-gradient for server.optimizer="
-                f"{self.server.optimizer}, lr {self.server.rate:g}: its factors are in a new basis, "
-                "or go with the weights folded, every round; only fedavg with lr 1 fits"
+                f"{method.name} cannot go with server.optimizer={server.optimizer}, lr "
+                f"{server.rate:g}: its factors change basis, or belong to what was folded into the "
+                "frozen weights, every round; only fedavg with lr 1 leaves them as they are"
             )
-        if ranks and max(ranks) > self.lora.r:
-            raise FedrotError(f"clients.ranks must not exceed lora.r={self.lora.r}, got {max(ranks)}")
+        if self.clients.ranks and max(self.clients.ranks) > self.lora.r:
+            largest = max(self.clients.ranks)
+            raise FedrotError(f"clients.ranks must not exceed lora.r={self.lora.r}, got {largest}")
 
     @property
     def synthetic(self) -> bool:

@@ -199,7 +199,9 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is tuple:  # `tuple[int, ...]`, a YAML list
         if not isinstance(value, list | tuple) or not value:
             raise FedrotError(f"{key} must be a list such as [1, 2], got {value!r}")
-        return tuple(_typed(f"{key}[{i}]", v, typing.get_args(hint)[0]) for i, v in enumerate(value))
+        return tuple(
+            _typed(f"{key}[{i}]", v, typing.get_args(hint)[0]) for i, v in enumerate(value)
+        )
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML reads 1e-2 as text, and 3 as an integer

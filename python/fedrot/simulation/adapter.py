@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -81,8 +82,11 @@ def get_head(model: PeftModel) -> dict[str, Tensor]:
     base = model.get_base_model()
     backbone = f"{base.base_model_prefix}."
     names = {id(p): name for name, p in base.named_parameters() if not name.startswith(backbone)}
-    shared = {id(p) for name, p in base.named_parameters(remove_duplicate=False)
-              if name.startswith(backbone)}
+    shared = {
+        id(p)
+        for name, p in base.named_parameters(remove_duplicate=False)
+        if name.startswith(backbone)
+    }
     return {
         name: base.get_parameter(name).detach().clone()
         for key, name in names.items()
@@ -125,7 +129,7 @@ class FrozenWeights:
     def _weight(self, module: str) -> Tensor:
         return self._layer(module).get_base_layer().weight
 
-    def _layer(self, module: str) -> nn.Module:
+    def _layer(self, module: str) -> Any:
         return self.model.get_submodule(PREFIX + module)
 
 
