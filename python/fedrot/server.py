@@ -49,10 +49,9 @@ def serve(
     aggregate = method.aggregate(factors, reference, weights, round=round, generator=generator)
     folded = method.fold(factors, aggregate, weights)
     head = _mean([upload.head for upload in uploads], weights)
-    before = _parameters(server.factors, server.head, method.parts(round))
-    after, state = optimizer.step(
-        before, _parameters(aggregate, head, method.parts(round)), server.optimizer
-    )
+    parts = "A" if method.personal else method.parts(round)
+    before = _parameters(server.factors, server.head, parts)
+    after, state = optimizer.step(before, _parameters(aggregate, head, parts), server.optimizer)
     own = {u.client: u.factors.B for u in uploads} if method.personal else {}
     merged = {
         module: server.merged[module] + delta if module in server.merged else delta
@@ -75,7 +74,7 @@ def serve(
 
 
 def _parameters(factors: Factors, head: dict[str, Tensor], parts: str) -> dict[str, Tensor]:
-    """What clients train, by one flat name each; a frozen factor gets no step."""
+    """What the optimizer moves, by one flat name each: what clients train and share."""
     A = {f"A/{m}": t for m, t in factors.A.items()} if "A" in parts else {}
     B = {f"B/{m}": t for m, t in factors.B.items()} if "B" in parts else {}
     return {**A, **B, **{f"head/{name}": t for name, t in head.items()}}

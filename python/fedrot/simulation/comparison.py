@@ -91,20 +91,25 @@ def compare(
 
 
 def merge_command(result: Comparison, program: str = "fedrot") -> str | None:
-    """The line that merges the clients of the last method's first one-shot run once more."""
+    """The line that merges the clients of the last one-shot run once more, from the folders."""
     for group in reversed(result.groups):
         if group.folders and RunDir(group.folders[0]).clients():
             path = group.folders[0]
-            method = read_yaml(path / "config.yaml")["method"]
-            folder = shlex.quote(str(path))
-            options = _aggregate_options(method)
-            return f"{program} aggregate {folder}/clients/client-* {options} -o {folder}/merged"
+            config = read_yaml(path / "config.yaml")
+            options = _aggregate_options(config["method"])
+            if config["start"] == "own" and config["clients"]["weights"] == "uniform" and options:
+                folder = shlex.quote(str(path))
+                return f"{program} aggregate {folder}/clients/client-* {options} -o {folder}/merged"
     return None
 
 
-def _aggregate_options(method: Tree) -> str:
+def _aggregate_options(method: Tree) -> str | None:
     """The options of ``fedrot aggregate`` that do what a method does in a single merge."""
-    if method["name"] == "fedit" or method["align"] == "alternate":  # its first round is plain
+    if method["name"] == "fedit":
+        return "--lam 0.0"
+    if method["name"] != "fedrot" or method["rotation"] != "procrustes":
+        return None
+    if method["align"] == "alternate":  # its first round is plain
         return "--lam 0.0"
     align = "" if method["align"] == "joint" else f" --align {method['align']}"
     return f"--lam {method['lam']}{align}{'' if method['proper'] else ' --improper'}"
