@@ -27,6 +27,7 @@ def regauge(factors: Factors, generator: torch.Generator, *, proper: bool = Fals
         R = haar(A_i.shape[0], generator)
         if proper and torch.linalg.det(R) < 0:
             R = torch.cat([-R[:, :1], R[:, 1:]], 1)
+        R = R.to(A_i.device)
         A[module] = (R.T @ A_i.double()).to(A_i.dtype)
         B[module] = (factors.B[module].double() @ R).to(A_i.dtype)
     return Factors(A, B)

@@ -110,7 +110,8 @@ class HetLoRA(Method):
         if self.norm_weights:
             norms = torch.tensor([_norm(u) for u in uploads], dtype=torch.float64)
             if norms.sum() > 0:
-                weights = normalised(weights, len(uploads)) * norms
+                products = normalised(weights, len(uploads)).cpu() * norms
+                weights = products.to(next(iter(reference.A.values())).device)
         return average(uploads, reference, weights)
 
 

@@ -82,13 +82,11 @@ class FLoRA(Method):
         round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Factors:
-        generator = drawing(generator, round)
-        A = {
-            module: nn.init.kaiming_uniform_(
-                torch.empty_like(like), a=math.sqrt(5), generator=generator
-            )
-            for module, like in reference.A.items()
-        }
+        generator, A = drawing(generator, round), {}
+        for module, like in reference.A.items():
+            drawn = torch.empty(like.shape, dtype=like.dtype, device=generator.device)
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            A[module] = drawn.to(like.device)
         return Factors(A, {module: torch.zeros_like(B) for module, B in reference.B.items()})
 
 
