@@ -67,7 +67,7 @@ def _run_length(values: np.ndarray) -> int:
     return bits & -bits
 
 
-class _Launches:
+class Launches:
     """Every launch of one call over a :class:`Layout`."""
 
     def __init__(
@@ -135,18 +135,20 @@ class _Launches:
         width, out_width = self._layout.client_dtype.itemsize, self._layout.out_dtype.itemsize
         flat = self._flat
         bases = np.array([] if flat is None else [b.data_ptr() for b in flat.buffers], np.int64)
+        lengths_A, lengths_B = [layers[:, 1]], [layers[:, 2], clients[:, 4]]
         vectors = {}
-        for name, size, client, reference, out in (("A", 1, 0, 3, 7), ("B", 2, 2, 5, 9)):
-            lengths = [layers[:, 1]] if name == "A" else [layers[:, 2], clients[:, 4]]
+        for name, lengths, own, ref, out in (("A", lengths_A, 0, 3, 7), ("B", lengths_B, 2, 5, 9)):
             elements = [
                 *lengths,
                 bases // width,
-                clients[:, client] // width,
-                clients[:, client + 1],
-                layers[:, [reference, out]] // out_width,
-                layers[:, [reference + 1, out + 1]],
+                clients[:, own] // width,
+                clients[:, own + 1],
+                layers[:, ref] // out_width,
+                layers[:, out] // out_width,
+                layers[:, ref + 1],
+                layers[:, out + 1],
             ]
-            vectors[f"VECTOR_{name}"] = _run_length(np.concatenate([e.ravel() for e in elements]))
+            vectors[f"VECTOR_{name}"] = _run_length(np.concatenate(elements))
         self._vectors = vectors
 
     def rebind(self) -> None:
@@ -186,7 +188,7 @@ class Runner:
         flat: Flat | None = None,
     ) -> None:
         layout = Layout(factors, weights, lam, align, out=(A, B), flat=flat)
-        self._launches = _Launches(layout, lam, proper, True, flat)
+        self._launches = Launches(layout, lam, proper, True, flat)
 
     def run(self) -> None:
         self._launches()
@@ -195,7 +197,7 @@ class Runner:
         self._launches.rebind()
 
 
-def _plan(factors, weights, A, B, lam, align, proper, flat=None) -> AnyRunner:
+def plan(factors, weights, A, B, lam, align, proper, flat=None) -> AnyRunner:
     runner = ThroughOperator if _too_large(factors[2]) else Runner
     return runner(factors, weights, A, B, lam, align, proper, flat)
 
@@ -229,7 +231,7 @@ def align(lora_A, lora_B, ref_A, ref_B, *, lam=0.4, align="joint", proper=True) 
         for A, r in zip(lora_A, ranks, strict=True)
     ]
     layout = Layout(factors, None, lam, align, rotations=rotations)
-    _Launches(layout, lam, proper, False, None)()
+    Launches(layout, lam, proper, False, None)()
     return rotations
 
 
@@ -253,4 +255,4 @@ def register(dispatch_key: str = "CUDA") -> None:
     """Make this the implementation of every operator for one dispatch key."""
     for function in (align_aggregate, align, polar):
         implement(function.__name__, dispatch_key, function)
-    implement_plan(dispatch_key.lower(), _plan)
+    implement_plan(dispatch_key.lower(), plan)

@@ -204,7 +204,7 @@ def apply_kernel(
     ACCUMULATE_BYTES: tl.constexpr = ACCUMULATE.primitive_bitwidth // 8
     OUT_BYTES: tl.constexpr = OUT.primitive_bitwidth // 8
     # float16 ends at 6e-8: small weights are kept above by a power of two.
-    SCALE: tl.constexpr = 16384.0 if CLIENT == tl.float16 and ACCUMULATE == tl.float32 else 1.0
+    SCALE: tl.constexpr = 16384.0 if CLIENT.is_fp16() and ACCUMULATE.is_fp32() else 1.0
     unit_row = table + units_at + (first_unit + tl.program_id(0)) * UNIT_ROW
     layer = tl.load(unit_row + LAYER).to(tl.int32)
     begin, end = tl.load(unit_row + BEGIN), tl.load(unit_row + END)

@@ -43,20 +43,20 @@ def _column(X, j, P: tl.constexpr):
 
 
 @triton.jit
-def _row(X, i, P: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, P)[:, None] == i, X, 0.0), 0)
+def _row(X, index, P: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, P)[:, None] == index, X, 0.0), 0)
 
 
 @triton.jit
-def _at(x, i, P: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, P) == i, x, tl.zeros_like(x)), 0)
+def _at(x, index, P: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, P) == index, x, tl.zeros_like(x)), 0)
 
 
 @triton.jit
 def _identity(like, lo, hi, P: tl.constexpr):
-    i = tl.arange(0, P)
-    inside = (i >= lo) & (i < hi)
-    return ((i[:, None] == i[None, :]) & inside[:, None]).to(like.dtype)
+    index = tl.arange(0, P)
+    inside = (index >= lo) & (index < hi)
+    return ((index[:, None] == index[None, :]) & inside[:, None]).to(like.dtype)
 
 
 @triton.jit
@@ -84,25 +84,25 @@ def _inverse_transposed(X, lo, hi, P: tl.constexpr):
 
     Rows stay where they are: ``order[c]`` is the pivot row of column ``c``, ``place`` the reverse.
     """
-    i = tl.arange(0, P)
-    I, J = i[:, None], i[None, :]
-    order, place = i, i
-    free = (i >= lo) & (i < hi)
+    index = tl.arange(0, P)
+    i, j = index[:, None], index[None, :]
+    order, place = index, index
+    free = (index >= lo) & (index < hi)
     sign = 1
     for c in range(lo, hi):
         column = _column(X, c, P)
         size, p = tl.max(tl.where(free, tl.abs(column), -1.0), 0, return_indices=True)
         pivot = _at(column, p, P)
-        row = tl.where(i == c, 1.0, _row(X, p, P)) / pivot
-        column = tl.where(i == p, 0.0, column)
+        row = tl.where(index == c, 1.0, _row(X, p, P)) / pivot
+        column = tl.where(index == p, 0.0, column)
         # Column c has moved out of the way: what stands in its place is the inverse's.
-        X = tl.where(J == c, 0.0, X) - column[:, None] * row[None, :]
-        X = tl.where(I == p, row[None, :], X)
-        free = free & (i != p)
-        order = tl.where(i == c, p, order)
-        place = tl.where(i == p, c, place)
+        X = tl.where(j == c, 0.0, X) - column[:, None] * row[None, :]
+        X = tl.where(i == p, row[None, :], X)
+        free = free & (index != p)
+        order = tl.where(index == c, p, order)
+        place = tl.where(index == p, c, place)
         sign = tl.where(size > 0, tl.where(pivot < 0, -sign, sign), 0)
-    inversions = tl.sum(((order[:, None] > order[None, :]) & (I < J)).to(tl.int32))
+    inversions = tl.sum(((order[:, None] > order[None, :]) & (i < j)).to(tl.int32))
     sign = tl.where(inversions % 2 == 1, -sign, sign)
     # X[i, k] belongs at [order[k], place[i]].
     if P * P * X.dtype.primitive_bitwidth // 8 <= _SHARED_TILE:
@@ -111,10 +111,10 @@ def _inverse_transposed(X, lo, hi, P: tl.constexpr):
     else:
         Y = X
         for k in range(lo, hi):
-            Y = tl.where(I == _at(order, k, P), _column(X, k, P)[None, :], Y)
+            Y = tl.where(i == _at(order, k, P), _column(X, k, P)[None, :], Y)
         X = Y
         for k in range(lo, hi):
-            X = tl.where(J == _at(place, k, P), _column(Y, k, P)[:, None], X)
+            X = tl.where(j == _at(place, k, P), _column(Y, k, P)[:, None], X)
     return X, sign
 
 
@@ -145,7 +145,7 @@ def _newton(X, lo, hi, limit, P: tl.constexpr):
 def _flip_smallest(R, M, lo, hi, P: tl.constexpr):
     """``R (I - 2 v v^T)``, ``v`` the direction of the smallest singular value of ``M``, whose
     polar factor is ``R``: ``M^-1 R = V S^-1 V^T``, and squaring doubles the gap."""
-    i = tl.arange(0, P)
+    index = tl.arange(0, P)
     W, _ = _inverse_transposed(M, lo, hi, P)
     W = _product(W, R, hi, "tn", P)
     squarings = 24 if R.dtype == tl.float32 else 53  # tells a gap of one rounding
@@ -154,11 +154,11 @@ def _flip_smallest(R, M, lo, hi, P: tl.constexpr):
     while going:
         W = W / tl.sqrt(tl.sum(W * W))
         W = _product(W, W, hi, "tn", P)
-        W = W / tl.sum(tl.where(i[:, None] == i[None, :], W, 0.0))
+        W = W / tl.sum(tl.where(index[:, None] == index[None, :], W, 0.0))
         step += 1
         # The squared norm is 1 for a matrix of rank one and trace 1.
         going = (tl.sum(W * W) < 1 - 4 * _epsilon(R)) & (step < squarings)
-    diagonal = tl.sum(tl.where(i[:, None] == i[None, :], W, 0.0), 0)
+    diagonal = tl.sum(tl.where(index[:, None] == index[None, :], W, 0.0), 0)
     v = _row(W, tl.argmax(diagonal, 0), P)
     v = v / tl.sqrt(tl.sum(v * v, 0))
     image = tl.sum(R * v[None, :], 1)
@@ -168,12 +168,12 @@ def _flip_smallest(R, M, lo, hi, P: tl.constexpr):
 @triton.jit
 def _householder(x, k, P: tl.constexpr):
     """``v`` such that ``(I - 2 v v^T) x`` is a multiple of ``e_k``; ``x`` is zero before ``k``."""
-    i = tl.arange(0, P)
+    index = tl.arange(0, P)
     norm = tl.sqrt(tl.sum(x * x, 0))
     head = _at(x, k, P)
     length = tl.sqrt(2.0 * norm * (norm + tl.abs(head)))
-    v = tl.where(i == k, head + tl.where(head < 0, -norm, norm), x) / length
-    return tl.where(length > 0, v, (i == k).to(x.dtype))
+    v = tl.where(index == k, head + tl.where(head < 0, -norm, norm), x) / length
+    return tl.where(length > 0, v, (index == k).to(x.dtype))
 
 
 @triton.jit
@@ -193,28 +193,28 @@ def _decompose(X, U, V, lo, n, scale, tolerance, P: tl.constexpr):
     Returns ``T``, ``U U'``, ``V V'`` and ``hi``. What is below ``tolerance`` times ``scale`` (the
     largest column where that is 0) counts as zero. ``det U' det V' = 1``: as many reflections.
     """
-    i = tl.arange(0, P)
-    I, J = i[:, None], i[None, :]
-    free = (i >= lo) & (i < n)
+    index = tl.arange(0, P)
+    i, j = index[:, None], index[None, :]
+    free = (index >= lo) & (index < n)
     hi = lo
     going = lo < n
     while going:  # QR with column pivoting, columns stay where they are
-        squares = tl.sum(tl.where(I >= hi, X * X, 0.0), 0)
+        squares = tl.sum(tl.where(i >= hi, X * X, 0.0), 0)
         size, p = tl.max(tl.where(free, squares, -1.0), 0, return_indices=True)
         size = tl.sqrt(size)
         scale = tl.where(scale > 0, scale, size)
         going = size > tolerance * scale
         if going:
-            v = _householder(tl.where(i >= hi, _column(X, p, P), 0.0), hi, P)
-            X = tl.where((J == p) & (I > hi), 0.0, _reflect_rows(X, v))
+            v = _householder(tl.where(index >= hi, _column(X, p, P), 0.0), hi, P)
+            X = tl.where((j == p) & (i > hi), 0.0, _reflect_rows(X, v))
             U = _reflect_columns(U, v)
-            free = free & (i != p)
+            free = free & (index != p)
             hi += 1
             going = hi < n
-    X = tl.where(I < hi, X, 0.0)
+    X = tl.where(i < hi, X, 0.0)
     for k in range(lo, hi):  # LQ
-        v = _householder(tl.where(i >= k, _row(X, k, P), 0.0), k, P)
-        X = tl.where((I == k) & (J > k), 0.0, _reflect_columns(X, v))
+        v = _householder(tl.where(index >= k, _row(X, k, P), 0.0), k, P)
+        X = tl.where((i == k) & (j > k), 0.0, _reflect_columns(X, v))
         V = _reflect_columns(V, v)
     return X, U, V, hi
 
@@ -224,8 +224,8 @@ def _polar_of_any_rank(X, n, det, scale, tolerance, P: tl.constexpr):
     """``lim eps->0+ polar(X + eps I)``: ``U [polar(T) 0; 0 C] V^T`` with ``X = U [T 0; 0 0] V^T``,
     where ``C = polar(U_2^T V_2)`` joins the null spaces: the same problem in the block that is
     left. ``det`` is the determinant wanted, 0 for either."""
-    i = tl.arange(0, P)
-    I, J = i[:, None], i[None, :]
+    index = tl.arange(0, P)
+    i, j = index[:, None], index[None, :]
     U = _identity(X, 0, n, P)
     V = U
     middle = tl.zeros((P, P), X.dtype)
@@ -234,7 +234,7 @@ def _polar_of_any_rank(X, n, det, scale, tolerance, P: tl.constexpr):
         X, U, V, hi = _decompose(X, U, V, lo, n, scale, tolerance, P)
         if hi == lo:  # no evidence left: the identity, reflected where the determinant asks
             hi = n
-            last = (I == n - 1) & (J == n - 1) & (det < 0)
+            last = (i == n - 1) & (j == n - 1) & (det < 0)
             middle += tl.where(last, -1.0, _identity(X, lo, n, P))
         else:
             block, sign = _newton(X, lo, hi, float("inf"), P)
@@ -244,7 +244,7 @@ def _polar_of_any_rank(X, n, det, scale, tolerance, P: tl.constexpr):
                 elif sign != det:
                     block = _flip_smallest(block, X, lo, hi, P)
             middle += block
-        X = tl.where((I >= hi) & (J >= hi), _product(U, V, n, "tn", P), 0.0)
+        X = tl.where((i >= hi) & (j >= hi), _product(U, V, n, "tn", P), 0.0)
         scale = tl.full((), 1.0, X.dtype)
         lo = hi
     return _product(_product(U, middle, n, "nn", P), V, n, "nt", P)
@@ -282,7 +282,7 @@ def _rotation(
             size = tl.where(scale > 0, scale, tl.sqrt(tl.max(tl.sum(X * X, 0), 0)))
             X, sign = _newton(X, 0, n, 1.0 / (size * tolerance), P)
             done = sign != 0
-            if PROPER:
+            if PROPER:  # noqa: SIM102 (known when compiling, the other is not)
                 if sign < 0:
                     X = _flip_smallest(X, M, 0, n, P)
     if STAGES == 0:
@@ -306,9 +306,9 @@ def polar_kernel(
     if ANY:
         wanted = tl.load(flags + matrix) != 0
     if wanted:
-        I, J = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
-        at = matrix * m * n + I * n + J
-        inside = (I < m) & (J < n)
+        i, j = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
+        at = matrix * m * n + i * n + j
+        inside = (i < m) & (j < n)
         X = tl.load(M + at, inside, 0.0)
         R, done = _rotation(X, m, n, 1.0, 1, PROPER, ANY, P)
         tl.store(out + at, R, inside)
@@ -355,13 +355,13 @@ def rotation_kernel(
         client_row = table + clients_at + (client * layers + layer) * CLIENT_ROW
         n = tl.load(layer_row + RANK_OF_LAYER).to(tl.int32)
         rank = tl.load(client_row + RANK).to(tl.int32)
-        I, J = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
-        inside = (I < rank) & (J < n)
+        i, j = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
+        inside = (i < rank) & (j < n)
         X = tl.zeros((P, P), partials.dtype.element_ty)
         unit_row = table + units_at + tl.load(layer_row + FIRST_UNIT) * UNIT_ROW
         for _ in range(tl.load(layer_row + UNITS).to(tl.int32)):
             slot = tl.load(unit_row + SLOT) + client.to(tl.int64) * n * n
-            X += tl.load(partials + slot + I * n + J, inside, 0.0)
+            X += tl.load(partials + slot + i * n + j, inside, 0.0)
             unit_row += UNIT_ROW
         lam = lam_bits.to(tl.float64, bitcast=True).to(X.dtype)
         R, done = _rotation(X, rank, n, lam, STAGES, PROPER, ANY, P)
@@ -370,5 +370,5 @@ def rotation_kernel(
         if WEIGHTS == "uniform":
             R = R / clients.to(X.dtype)
         out = tl.load(client_row + ROTATION).to(tl.pointer_type(X.dtype), bitcast=True)
-        tl.store(out + I * n + J, R, inside)
+        tl.store(out + i * n + j, R, inside)
         tl.store(flag, tl.where(done, 0, 1))
