@@ -38,8 +38,9 @@ def _tile(n: int) -> int:
 
 
 def _warps(tile: int, dtype: torch.dtype) -> int:
-    """So many that a matrix takes 32 registers of a thread, as far as there are warps."""
-    return max(1, min(32, tile * tile * dtype.itemsize // 4096))
+    """So many that a matrix takes 32 registers of a thread, as far as a program can have them."""
+    most = 16 if torch.version.hip else 32  # 1024 threads
+    return max(1, min(most, tile * tile * dtype.itemsize // 4096))
 
 
 def covariance_options(tile: int, dtype: torch.dtype) -> dict[str, int]:
