@@ -3,6 +3,6 @@
 from fedrot.tasks.base import Batch, Task, TaskData
 from fedrot.tasks.digits import Digits
 
-TASKS: dict[str, type[Digits]] = {"digits": Digits}
+TASKS: dict[str, type[Task]] = {"digits": Digits}
 
 __all__ = ["TASKS", "Batch", "Digits", "Task", "TaskData"]
