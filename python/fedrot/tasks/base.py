@@ -148,8 +148,10 @@ def evaluate(model: nn.Module, batch: Batch, size: int) -> dict[str, float]:
 
 
 # By architecture: BERT and ViT, Llama and CLIP, DeBERTa, DistilBERT, GPT-2.
-QUERY_VALUE = ("query", "value", "q_proj", "v_proj", "query_proj", "value_proj", "q_lin", "v_lin")
-QUERY_VALUE += ("c_attn",)
+QUERY_VALUE = {
+    *("query", "value", "q_proj", "v_proj", "query_proj", "value_proj", "q_lin", "v_lin"),
+    "c_attn",
+}
 
 
 def query_and_value(model: nn.Module) -> list[str]:
