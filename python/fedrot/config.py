@@ -1,6 +1,6 @@
 """The configuration of a run, and the named settings.
 
-Later sources win: defaults, the setting, the YAML file, the overrides.
+Later sources win: defaults, the task's preset, the setting, the YAML file, the overrides.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from fedrot.tasks import TASKS, Digits, Task
 
 @dataclass(frozen=True)
 class Clients:
-    """Who takes part. ``alpha``: Dirichlet concentration of the label split, small is uneven.
+    """Who takes part, and with which of the training examples.
 
+    ``alpha``: concentration of the ``dirichlet`` partition of every label, small is uneven.
+    ``labels``: how many different ones each client has in the ``labels`` partition. ``column``:
+    whose values are the clients in the ``column`` partition.
     ``participation``: who of them trains in a round, drawn anew every round: a fraction up to 1,
     or a whole number of clients from 2 on. ``weights``: what a client counts in the average.
     ``ranks``: the clients' own ranks in turn, none above ``lora.r``, which all have for ``null``;
@@ -27,7 +30,10 @@ class Clients:
     """
 
     count: int = option(10, at_least=1)
+    partition: str = option("dirichlet", choices=("dirichlet", "iid", "labels", "column"))
     alpha: float = option(0.5, above=0)
+    labels: int = option(1, at_least=1)
+    column: str | None = option(None)
     participation: float = option(1.0, above=0)
     weights: str = option("uniform", choices=("uniform", "samples"))
     ranks: tuple[int, ...] | None = option(None, at_least=1)
@@ -189,8 +195,15 @@ def load(*sources: Tree) -> Config:
     given = merge(*sources)
     name = given.get("setting", "rounds")
     preset = pick(SETTINGS, name, "setting").options
+    task = _task_preset(given.get("task"))
     preset = {**preset, "method": _fitting(preset["method"], given.get("method"))}
-    return build(Config, merge({"setting": name}, preset, given))
+    return build(Config, merge({"setting": name}, task, preset, given))
+
+
+def _task_preset(task: Any) -> Tree:
+    name = task.get("name", "digits") if isinstance(task, dict) else "digits"
+    kind = TASKS.get(name) if isinstance(name, str) else None
+    return kind.preset if kind else {}  # an unknown name is refused by `build`
 
 
 def _fitting(options: Tree, method: Any) -> Tree:

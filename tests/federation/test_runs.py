@@ -99,7 +99,7 @@ def test_adapter_loads_in_peft_and_gives_the_reported_accuracy(tmp_path):
     assert base == str(data.base)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        model = PeftModel.from_pretrained(config.task.load_model(data.base), folder).eval()
+        model = PeftModel.from_pretrained(config.task.load_model(data), folder).eval()
     found = config.task.evaluate(model, data.test)
     assert found["accuracy"] == summary["accuracy"]
     assert found["loss"] == pytest.approx(summary["loss"], abs=1e-6)

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
 from fedrot.config import Local
 from fedrot.factors import Factors
 from fedrot.simulation.adapter import ADAPTER, PREFIX, parameter_names
 from fedrot.tasks import Batch
-from fedrot.tasks.base import Track, no_progress
+from fedrot.tasks.base import Track, example_losses, no_progress, trim
 
 NO_EXAMPLE = -1  # in a batch that is not full
 
@@ -60,12 +60,6 @@ class GroupedLinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def classification_losses(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross entropy of ``output.logits`` ``(b, classes)`` with ``batch["labels"]`` ``(b,)``."""
-    losses = cross_entropy(output.logits.float(), batch["labels"], reduction="none")
-    return losses, torch.ones_like(losses)
-
-
 def draw_batches(examples: Tensor, local: Local, generator: torch.Generator) -> Tensor:
     """Which of its examples ``(n_i,)`` a client sees: ``(steps, batch_size)``.
 
@@ -91,7 +85,7 @@ def train_clients(
     *,
     parts: str = "AB",
     heads: Sequence[dict[str, Tensor]] | None = None,
-    example_losses: ExampleLosses = classification_losses,
+    example_losses: ExampleLosses = example_losses,
     track: Track = no_progress,
 ) -> Trained:
     """Train every client from its own factors on its own batches.
@@ -155,7 +149,7 @@ def _train_group(
         for step in range(longest):
             next(clock)
             flat = rows[step].flatten()
-            batch = {key: value[flat.clamp(min=0)] for key, value in train.items()}
+            batch = trim({key: value[flat.clamp(min=0)] for key, value in train.items()})
             loss = _client_losses(model, batch, flat != NO_EXAMPLE, clients, example_losses)
             active = step < lengths
             step_all(loss, active)

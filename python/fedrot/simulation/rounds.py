@@ -42,7 +42,7 @@ from fedrot.simulation.run_dir import Row, RunDir, open_run
 from fedrot.simulation.seeding import generator
 from fedrot.tasks import TaskData
 from fedrot.tasks.base import Track, no_progress
-from fedrot.tasks.partition import dirichlet
+from fedrot.tasks.partition import split
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,9 @@ def prepare(config: Config, track: Track = no_progress) -> Federation:
     data = config.task.prepare(config.seed, track)
     if config.validation:
         data = hold_out(data, config.validation, config.seed)
-    base = config.task.load_model(data.base)
+    base = config.task.load_model(data)
     model = adapt(base, config.lora, config.task.lora_targets(base))
-    clients = config.clients
-    examples = dirichlet(data.labels, clients.count, clients.alpha, config.seed)
+    examples = split(data, config.clients, config.seed)
     head = get_head(model) if config.local.head else {}
     return Federation(config, data, model, FrozenWeights(model), head, examples)
 
@@ -163,6 +162,7 @@ def hold_out(data: TaskData, fraction: float, seed: int) -> TaskData:
         train={key: value[kept] for key, value in data.train.items()},
         test={key: value[held] for key, value in data.train.items()},
         labels=data.labels[kept],
+        columns={name: values[kept] for name, values in data.columns.items()},
     )
 
 
