@@ -226,7 +226,7 @@ def test_what_a_run_leaves_gives_the_reported_accuracy(name, tmp_path):
     config = small(name, "local.head=true", "local.steps=10", "local.lr=0.5")
     summary = federate(config, tmp_path / "run")
     data = config.task.prepare(config.seed)
-    base = config.task.load_model(data.base)
+    base = config.task.load_model(data)
     merged = tmp_path / "run" / "merged.safetensors"
     assert merged.exists() == (name != "ffa")
     if merged.exists():
