@@ -139,7 +139,7 @@ class Engine {
     constexpr int fewest = 4;
     const std::int64_t cached = cache_bytes() / client_bytes(layer);
     if (cached < std::min(fewest, problem_.clients)) return 0;
-    // Of about one size: a few clients left over would leave most lanes of rotations() empty.
+    // Of about one size: a few clients left over are little work to fetch the next layer behind.
     const std::int64_t blocks = std::max<std::int64_t>(1, (problem_.clients + cached - 1) / cached);
     return int((problem_.clients + blocks - 1) / blocks);
   }
