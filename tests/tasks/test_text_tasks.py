@@ -243,6 +243,21 @@ def test_own_generation(tmp_path, llama):
     assert summary["loss"] < summary["start"]["loss"] - 0.2
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_frozen_model_in_half_precision(tmp_path, llama, dtype):
+    """The factors stay in float32."""
+    write(tmp_path / "own.jsonl", [{"prompt": str(i), "answer": "b"} for i in range(12)])
+    data = str(tmp_path / "own.jsonl")
+    config = config_of("text", model=str(llama), data=data, dtype=dtype)
+    federation = prepare(config)
+    kinds = {p.dtype for n, p in federation.model.named_parameters() if "lora_" not in n}
+    assert kinds == {getattr(torch, dtype)}
+    factors = draw_factors(federation.model, generator(0, "start", 0))
+    assert {t.dtype for t in factors.A.values()} == {torch.float32}
+    summary = federate(config, tmp_path / "run")
+    assert summary["loss"] < summary["start"]["loss"] - 0.02
+
+
 def test_sequences_of_clients_together_and_one_at_a_time(tmp_path, llama):
     """One padded pass for clients whose sequences differ in length is each one's own training."""
     rows = [
