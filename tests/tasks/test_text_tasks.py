@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
 
 from fedrot.config import load
 from fedrot.errors import FedrotError
@@ -14,6 +17,7 @@ from fedrot.simulation.rounds import federate, prepare, train_round
 from fedrot.simulation.seeding import generator
 from fedrot.tasks import TASKS
 from fedrot.tasks.base import IGNORE
+from fedrot.tasks.cache import quiet
 from fedrot.tasks.encode import tokenizer_of
 from fedrot.tasks.execute import passes
 from fedrot.tasks.generation import final_number, program
@@ -71,6 +75,13 @@ def test_glue_as_the_hub_lays_it_out(tmp_path, roberta, task):
     summary = federate(config, tmp_path / "run")
     assert summary["test_examples"] == 6 and summary["loss"] < 2
     assert summary["loss"] != summary["start"]["loss"]
+
+    # Elsewhere: the base model of the hub, and the adapter with the trained head.
+    with quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        base = AutoModelForSequenceClassification.from_pretrained(roberta, num_labels=classes)
+        model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    assert config.task.evaluate(model, data.test)["loss"] == pytest.approx(summary["loss"])
 
 
 def test_head_follows_the_seed(tmp_path, roberta):
@@ -268,12 +279,11 @@ def test_sequences_of_clients_together_and_one_at_a_time(tmp_path, llama):
     by_user = {"clients": {"partition": "column", "column": "user"}}
     results = []
     for together in (None, 1):
-        federation = prepare(
-            config_of("text", by_user, {"local": {"together": together}}, **options)
-        )
-        start = draw_factors(federation.model, generator(0, "start", 0))
-        results.append((train_round(federation, 0, start), start))
-    (both, start), (alone, _) = results
+        local = {"local": {"together": together}}
+        federation = prepare(config_of("text", by_user, local, **options))
+        results.append(train_round(federation, federation.start()))
+    both, alone = results
+    start = federation.start().factors
     assert both.train_loss == pytest.approx(alone.train_loss, rel=1e-5)
     for a, b in zip(both.factors, alone.factors, strict=True):
         for name in a.B:
