@@ -28,7 +28,9 @@ def train(
     setting: Annotated[
         str | None, typer.Option(help="rounds (default), regauge or one-shot.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="digits (default).")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="digits (default), strings, text, sst2, ...")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="0 by default.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options.")] = None,
     name: Annotated[

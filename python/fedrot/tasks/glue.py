@@ -25,7 +25,7 @@ class Glue(TextTask):
         "rounds": 250,
         "clients": {"count": 3, "alpha": 0.5},
         "lora": {"r": 4, "alpha": 8},
-        "local": {"optimizer": "sgd", "lr": 0.02, "steps": 20, "batch_size": 128},
+        "local": {"optimizer": "sgd", "lr": 0.02, "steps": 20, "batch_size": 128, "head": True},
     }
 
     model: str = option("FacebookAI/roberta-large")
