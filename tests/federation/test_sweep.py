@@ -136,7 +136,7 @@ def test_the_numbers_are_those_of_the_runs(finished):
         assert row["error_ratio"]["values"] == pytest.approx(ratios)
         if row["method"] == "FedIT":
             assert row["error_ratio"]["values"] == pytest.approx([1.0, 1.0])
-    assert "A try: accuracy" in output and "FedRot-LoRA lam=0.5 align=A" in output
+    assert "A try: Accuracy" in output and "FedRot-LoRA lam=0.5 align=A" in output
     text = (folder / "out" / "report.md").read_text()
     assert "## Tuned options (4 trials a method and cell)" in text
     for picture in ("accuracy.png", "differences.png", "error-ratio.png", "rounds-alpha-0.3.png"):

@@ -64,7 +64,7 @@ def _print(results: Results) -> None:
     # Off a terminal rich would cut the tables at 80 columns.
     console.width = console.width if console.is_terminal else 160
     for heading, header, rows in tables(results)[:2]:
-        table = Table(box=SIMPLE_HEAD, title=f"{results.experiment.title}: {heading.lower()}")
+        table = Table(box=SIMPLE_HEAD, title=f"{results.experiment.title}: {heading}")
         for index, column in enumerate(header):
             table.add_column(column, justify="left" if index == 0 else "right")
         for row in rows:
