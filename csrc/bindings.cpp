@@ -136,6 +136,7 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Tables>(m, "Tables")
       .def(py::init(&checked))
       .def_property_readonly("clients", &Tables::clients)
+      .def("move", &Tables::move)
       .def_readonly("ranks", &Tables::ranks)
       .def_property_readonly("shapes", [](const Tables& tables) {
         std::vector<std::tuple<std::int64_t, std::int64_t, int>> shapes;

@@ -43,6 +43,15 @@ std::optional<View> view(dlpack::Show show, void* object) {
 
 }  // namespace
 
+void Tables::move(const std::vector<std::int64_t>& bytes) {
+  if (bytes.size() != clients()) throw std::invalid_argument("one distance per client");
+  for (std::vector<Matrix>* table : {&lora_A, &lora_B})
+    for (std::size_t i = 0; i < table->size(); ++i) {
+      void*& data = (*table)[i].data;
+      data = static_cast<char*>(data) + bytes[i / shapes.size()];
+    }
+}
+
 Problem Tables::problem(const std::vector<double>& weights, double lam, Align align,
                         bool proper) const {
   if (weights.size() != clients()) throw std::invalid_argument("one weight per client");

@@ -17,6 +17,8 @@ struct Tables {
   std::vector<Matrix> lora_A, lora_B, ref_A, ref_B;  // (N * L) twice, (L) twice
 
   std::size_t clients() const { return lora_A.size() / shapes.size(); }
+  // Moves the factors of client i by bytes[i].
+  void move(const std::vector<std::int64_t>& bytes);
   // Points into these tables and into `weights` (N).
   Problem problem(const std::vector<double>& weights, double lam, Align align, bool proper) const;
 };

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,9 +14,47 @@ from torch.nn import Parameter
 
 from fedrot_kernels import ops
 
-# (factors, weights, A, B, lam, align, proper) -> a function that fills A and B from the current
-# values of the rest. The arguments are checked already.
-Planner = Callable[..., Callable[[], None]]
+
+class Runner(Protocol):
+    """A call that a backend has prepared."""
+
+    def run(self) -> None:
+        """Fill the outputs from the current values of everything else."""
+
+    def rebind(self) -> None:
+        """The clients' factors now lie in other ``flat.buffers``."""
+
+
+@dataclass
+class Flat:
+    """The factors of every client in a buffer of its own, all with the same layout."""
+
+    buffers: list[Tensor]  # one a client, 1-D
+    offsets: Sequence[tuple[int, int]]  # of A and B of each layer, in elements
+    shapes: list[tuple[int, int, int]]  # (d, k, r) of each layer
+
+    @property
+    def size(self) -> int:
+        """Elements that a buffer must hold."""
+        ends = [
+            max(a + r * k, b + d * r)
+            for (a, b), (d, k, r) in zip(self.offsets, self.shapes, strict=True)
+        ]
+        return max(ends, default=0)
+
+    def factors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """``(lora_A, lora_B)``, views of the buffers."""
+        lora_A, lora_B = [], []
+        for buffer in self.buffers:
+            for (a, b), (d, k, r) in zip(self.offsets, self.shapes, strict=True):
+                lora_A.append(buffer[a : a + r * k].view(r, k))
+                lora_B.append(buffer[b : b + d * r].view(d, r))
+        return lora_A, lora_B
+
+
+# (factors, weights, A, B, lam, align, proper, flat) -> Runner. The arguments are checked already.
+# Where `flat` is given the clients' factors lie in its buffers and are nobody else's to keep.
+Planner = Callable[..., Runner]
 _planners: dict[str, Planner] = {}
 
 NAMES = ("lora_A", "lora_B", "ref_A", "ref_B")
@@ -77,44 +119,135 @@ class Plan:
         proper: bool = True,
         out: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
     ) -> None:
-        given = list(lora_A), list(lora_B), list(ref_A), list(ref_B)
-        problem = ops.check(*given, weights, lam, align)
+        self._prepare((lora_A, lora_B, ref_A, ref_B), weights, lam, align, proper, out, None)
+
+    @classmethod
+    def flat(
+        cls,
+        buffers: Sequence[Tensor],
+        ref_A: Sequence[Tensor],
+        ref_B: Sequence[Tensor],
+        weights: Tensor | None = None,
+        *,
+        offsets: Sequence[tuple[int, int]] | None = None,
+        lam: float = 0.4,
+        align: str = "joint",
+        proper: bool = True,
+        out: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+    ) -> Plan:
+        """A plan for clients that each send one flat buffer, all with the same layout.
+
+        :meth:`rebind` then points it at the buffers of the next round without rebuilding::
+
+            plan = Plan.flat(buffers, ref_A, ref_B)
+            A, B = plan()
+            ...
+            plan.rebind(next_buffers)
+            A, B = plan()
+
+        Args:
+            buffers: ``N`` contiguous 1-D tensors, one a client.
+            offsets: for each layer where its ``A`` ``(r, k)`` and its ``B`` ``(d, r)`` begin, in
+                elements; ``None``: ``A_0, B_0, A_1, B_1, ...`` without gaps. Every client has the
+                ranks of the reference.
+            ref_A, ref_B, weights, lam, align, proper, out: as for :class:`Plan`.
+
+        Raises:
+            ValueError, TypeError: as :class:`Plan`, or a buffer is not 1-D, contiguous and long
+                enough; the message names the client.
+        """
+        shapes = ops.check(ref_A, ref_B, ref_A, ref_B, None, lam, align).shapes
+        if offsets is None:
+            sizes = [size for d, k, r in shapes for size in (r * k, d * r)]
+            starts = list(itertools.accumulate(sizes, initial=0))
+            offsets = list(zip(starts[:-1:2], starts[1::2], strict=True))
+        if len(offsets) != len(shapes):
+            raise ValueError(f"offsets must hold {len(shapes)} layers, got {len(offsets)}")
+        for layer, pair in enumerate(offsets):
+            if min(pair) < 0:
+                raise ValueError(f"offsets must not be negative, got {pair} for layer {layer}")
+        flat = Flat([], offsets, shapes)
+        for client, buffer in enumerate(buffers):
+            _check_buffer(buffer, client, flat.size, buffers[0])
+        flat.buffers = [buffer.detach() for buffer in buffers]
+        self = cls.__new__(cls)
+        self._prepare((*flat.factors(), ref_A, ref_B), weights, lam, align, proper, out, flat)
+        return self
+
+    def rebind(self, buffers: Sequence[Tensor]) -> None:
+        """Read the clients' factors from other flat buffers from now on; only after
+        :meth:`flat`.
+
+        On a GPU this is one small copy in the current stream, not a part of a captured graph: a
+        graph that was captured from ``plan()`` follows it.
+
+        Raises:
+            ValueError, TypeError: there are not ``N`` of them, or one is not as :meth:`flat`
+                wants it, of another device or dtype, or overlaps an output.
+        """
+        if self._flat is None:
+            raise ValueError("only a plan made by Plan.flat can be bound to other buffers")
+        flat, spans = self._flat, self._output_spans
+        if len(buffers) != len(flat.buffers):
+            raise ValueError(f"buffers must be {len(flat.buffers)}, got {len(buffers)}")
+        size = flat.size
+        for client, buffer in enumerate(buffers):
+            _check_buffer(buffer, client, size, flat.buffers[0])
+            begin, end = _span(buffer)
+            # Outputs are apart: of those that begin before `end`, the last one ends last.
+            at = bisect.bisect_left(spans, (end, 0)) - 1
+            if at >= 0 and spans[at][1] > begin:
+                raise ValueError(f"buffers[{client}] must not overlap an output")
+        flat.buffers = [buffer.detach() for buffer in buffers]
+        self._runner.rebind()
+
+    def _prepare(self, factors, weights, lam, align, proper, out, flat) -> None:
+        lora_A, lora_B, ref_A, ref_B = given = [list(tensors) for tensors in factors]
+        problem = ops.check(lora_A, lora_B, ref_A, ref_B, weights, lam, align)
         for name, tensors in zip(NAMES, given, strict=True):
             for index, t in enumerate(tensors):
                 _check_memory(name, ops.place(name, index, problem.layers), t)
         if out is None:
             contiguous = torch.contiguous_format
-            self.A = [torch.empty_like(t, memory_format=contiguous) for t in given[2]]
-            self.B = [torch.empty_like(t, memory_format=contiguous) for t in given[3]]
+            self.A = [torch.empty_like(t, memory_format=contiguous) for t in ref_A]
+            self.B = [torch.empty_like(t, memory_format=contiguous) for t in ref_B]
         else:
             self.A, self.B = (list(tensors) for tensors in out)
             _check_outputs(problem, self.A, self.B)
             inputs = [t for tensors in given for t in tensors]
             _check_overlap([*self.A, *self.B], inputs if weights is None else [*inputs, weights])
         # Aliases of our own: the memory lives as long as the plan, whatever becomes of the tensors.
-        factors = [[t.detach() for t in tensors] for tensors in given]
-        planner = _planners.get(problem.device.type, _through_operator)
+        aliases = tuple([t.detach() for t in tensors] for tensors in given)
         weights = None if weights is None else weights.detach()
-        self._run = planner(factors, weights, self.A, self.B, lam, align, proper)
+        self._flat = flat
+        planner = _planners.get(problem.device.type, _ThroughOperator)
+        self._runner = planner(aliases, weights, self.A, self.B, lam, align, proper, flat)
+        self._output_spans = sorted(_span(t) for t in [*self.A, *self.B])
         self._outputs = [t for t in [*self.A, *self.B] if not t.is_inference()]
 
     def __call__(self) -> tuple[list[Tensor], list[Tensor]]:
         """Fill the outputs from the current values; returns ``(A, B)``."""
         _mark_changed(self._outputs)
-        self._run()
+        self._runner.run()
         return self.A, self.B
 
 
-def _through_operator(factors, weights, A, B, lam, align, proper) -> Callable[[], None]:
-    def run() -> None:
-        results = torch.ops.fedrot.align_aggregate(
-            *factors, weights, lam=lam, align=align, proper=proper
-        )
+class _ThroughOperator:
+    """Runs where no backend plans."""
+
+    def __init__(self, factors, weights, A, B, lam, align, proper, flat=None) -> None:
+        self._factors, self._weights, self._flat = factors, weights, flat
+        self._out = [*A, *B]
+        self._options = {"lam": lam, "align": align, "proper": proper}
+
+    def run(self) -> None:
+        A, B = torch.ops.fedrot.align_aggregate(*self._factors, self._weights, **self._options)
         with torch.no_grad():
-            for out, result in zip([*A, *B], [*results[0], *results[1]], strict=True):
+            for out, result in zip(self._out, [*A, *B], strict=True):
                 out.copy_(result)
 
-    return run
+    def rebind(self) -> None:
+        self._factors = (*self._flat.factors(), *self._factors[2:])
 
 
 def _mark_changed(tensors: list[Tensor]) -> None:
@@ -133,6 +266,21 @@ def _check_memory(name: str, where: str, t: Tensor) -> None:
         raise ValueError(
             f"{name} must have contiguous rows for {where}, got strides {tuple(t.stride())}: "
             "a plan would go on reading a copy; pass t.contiguous() and fill that"
+        )
+
+
+def _check_buffer(buffer: Tensor, client: int, size: int, like: Tensor) -> None:
+    name = f"buffers[{client}]"
+    if buffer.dtype != like.dtype:
+        raise TypeError(f"{name} must be {like.dtype}, got {buffer.dtype}")
+    if buffer.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {buffer.device}")
+    if type(buffer) not in (Tensor, Parameter) or buffer.is_neg():
+        raise ValueError(f"{name} must be a plain dense tensor, got {_kind(buffer)}")
+    if buffer.dim() != 1 or not buffer.is_contiguous() or buffer.shape[0] < size:
+        raise ValueError(
+            f"{name} must be contiguous, 1-D and hold {size} elements, got shape "
+            f"{tuple(buffer.shape)}, strides {tuple(buffer.stride())}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -18,6 +17,7 @@ from fedrot_kernels.ops import (
     check_weight_values,
     implement,
 )
+from fedrot_kernels.plan import Flat
 from fedrot_kernels.plan import implement as implement_plan
 from fedrot_kernels.tables import Factors, outputs, read
 
@@ -32,28 +32,43 @@ def _explain(factors: Factors) -> NoReturn:
     raise ValueError(OVERFLOW)
 
 
-def plan(
-    factors: Factors,
-    weights: Tensor | None,
-    A: list[Tensor],
-    B: list[Tensor],
-    lam: float,
-    align: str,
-    proper: bool,
-) -> Callable[[], None]:
-    """Check everything but the values of ``align_aggregate``; each call of the result reads the
-    values and fills ``A`` and ``B``."""
-    tables, factors = read(factors, weights, lam, align)
-    out = outputs(A, B)
-    clients, mode = tables.clients, ALIGN_MODES.index(align)
+class Runner:
+    """``align_aggregate`` with everything checked but the values."""
 
-    def run() -> None:
-        w = check_weight_values(weights, clients)
+    def __init__(
+        self,
+        factors: Factors,
+        weights: Tensor | None,
+        A: list[Tensor],
+        B: list[Tensor],
+        lam: float,
+        align: str,
+        proper: bool,
+        flat: Flat | None = None,
+    ) -> None:
+        self._tables, self._factors = read(factors, weights, lam, align)
+        if flat is not None:
+            self._factors = ([], [], *self._factors[2:])
+        self._weights, self._outputs = weights, outputs(A, B)
+        self._options = lam, ALIGN_MODES.index(align), proper
+        self._flat = flat
+        self._addresses = self._bases()
+
+    def run(self) -> None:
+        tables = self._tables
+        w = check_weight_values(self._weights, tables.clients)
         threads = torch.get_num_threads()
-        if not _cpu.align_aggregate(tables, w, lam, mode, proper, out, threads):
-            _explain(factors)
+        if not _cpu.align_aggregate(tables, w, *self._options, self._outputs, threads):
+            lora = self._flat.factors() if self._flat else self._factors[:2]
+            _explain((*lora, *self._factors[2:]))
 
-    return run
+    def rebind(self) -> None:
+        bases = self._bases()
+        self._tables.move([new - old for old, new in zip(self._addresses, bases, strict=True)])
+        self._addresses = bases
+
+    def _bases(self) -> list[int]:
+        return [buffer.data_ptr() for buffer in self._flat.buffers] if self._flat else []
 
 
 def align_aggregate(
@@ -61,7 +76,7 @@ def align_aggregate(
 ) -> tuple[list[Tensor], list[Tensor]]:
     A = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ref_A]
     B = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ref_B]
-    plan((lora_A, lora_B, ref_A, ref_B), weights, A, B, lam, align, proper)()
+    Runner((lora_A, lora_B, ref_A, ref_B), weights, A, B, lam, align, proper).run()
     return A, B
 
 
@@ -111,4 +126,4 @@ def register() -> None:
     """Make this the implementation of every operator on CPU tensors."""
     for function in (align_aggregate, align, polar):
         implement(function.__name__, "CPU", function)
-    implement_plan("cpu", plan)
+    implement_plan("cpu", Runner)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedrot_kernels.native import load
 from fedrot_kernels.ops import ALIGN_MODES, accumulate_dtype
+from fedrot_kernels.plan import Flat
 from fedrot_kernels.tables import Factors, outputs, read
 
 _cpu = load("_cpu")
@@ -35,11 +36,14 @@ class Layout:
         *,
         out: tuple[list[Tensor], list[Tensor]] | None = None,
         rotations: list[Tensor] | None = None,
-        bases: list[int] | None = None,
+        flat: Flat | None = None,
     ) -> None:
         """``out`` for ``align_aggregate``, ``rotations`` (``clients * layers``) for ``align``;
-        ``bases[i]`` is the address that client ``i``'s may be moved from, see :meth:`rebase`."""
-        self._tables, self._factors = tables, factors = read(factors, weights, lam, align)
+        with ``flat`` clients can be moved, see :meth:`rebind`."""
+        tables, factors = read(factors, weights, lam, align)
+        # Keeps alive what the table points to; flat buffers keep themselves.
+        self._kept = factors if flat is None else factors[2:]
+        self._flat = flat
         self.clients, self.layers = tables.clients, len(tables.shapes)
         self.client_dtype, self.out_dtype = factors[0][0].dtype, factors[2][0].dtype
         self.dtype = accumulate_dtype(self.client_dtype, self.out_dtype)
@@ -60,7 +64,7 @@ class Layout:
 
         host = torch.empty(call.sections.size, dtype=torch.int64, pin_memory=device.type == "cuda")
         A, B = out or ([], [])
-        call.pack(tables, bases or [0] * self.clients, addresses, outputs(A, B), host.data_ptr())
+        call.pack(tables, self._bases(), addresses, outputs(A, B), host.data_ptr())
         self.table = host.to(device, non_blocking=True)
 
         # Read where they lie if possible, else refreshed before every launch.
@@ -76,10 +80,15 @@ class Layout:
             to, given = self._converted
             to.copy_(given)
 
-    def rebase(self, bases: list[int]) -> None:
-        """Point every client at another buffer of the same layout."""
-        host = torch.tensor(bases, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+    def rebind(self) -> None:
+        """Point every client at its present flat buffer: one small copy in the current stream."""
+        host = torch.tensor(self._bases(), dtype=torch.int64, pin_memory=self.device.type == "cuda")
         self.table[: self.clients].copy_(host, non_blocking=True)
+
+    def _bases(self) -> list[int]:
+        if self._flat is None:
+            return [0] * self.clients
+        return [buffer.data_ptr() for buffer in self._flat.buffers]
 
 
 def _cache_bytes(device: torch.device) -> int:

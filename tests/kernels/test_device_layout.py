@@ -12,6 +12,7 @@ from problems import planted
 
 from fedrot_kernels.backends import gpu
 from fedrot_kernels.ops import ALIGN_MODES
+from fedrot_kernels.plan import Flat
 
 LAYER = ["d", "k", "r", "ref_A", "ref_A_stride", "ref_B", "ref_B_stride"]
 LAYER += ["out_A", "out_A_stride", "out_B", "out_B_stride", "first_unit", "units"]
@@ -104,9 +105,8 @@ def test_addresses(dtype):
     inputs = planted(2, shapes, dtype, ranks=ranks)
     wide = inputs.map(lambda t: torch.nn.functional.pad(t, (1, 2, 1, 2))[1:-2, 1:-2])
     out = outputs(wide)
-    bases = [1000, 5000]
-    layout = gpu.Layout(tuple(wide), None, 0.4, "joint", out=out, bases=bases)
-    assert layout.table[: layout.sections.layers].tolist() == bases
+    layout = gpu.Layout(tuple(wide), None, 0.4, "joint", out=out)
+    assert layout.table[: layout.sections.layers].tolist() == [0, 0]
     layers, clients, _, _ = sections(layout)
     for layer, row in enumerate(layers):
         for name, t in zip(
@@ -117,7 +117,7 @@ def test_addresses(dtype):
     R = layout.rotations.data_ptr()
     for i, row in enumerate(clients):
         for name, tensors in (("A", wide.lora_A), ("B", wide.lora_B)):
-            assert row[name] + bases[i // 2] == tensors[i].data_ptr()
+            assert row[name] == tensors[i].data_ptr()
             assert row[f"{name}_stride"] == tensors[i].stride(0)
         assert row["rank"] == tensors[i].shape[1]
         assert row["R"] == R
@@ -150,7 +150,12 @@ def test_weights_are_read_again(dtype):
 
 
 def test_clients_can_be_moved():
-    inputs = planted(2, [(5, 6, 2)], torch.float32)
-    layout = gpu.Layout(tuple(inputs), None, 0.4, "joint", out=outputs(inputs), bases=[64, 128])
-    layout.rebase([4096, 8192])
-    assert layout.table[:2].tolist() == [4096, 8192]
+    ref_A, ref_B = [torch.randn(2, 6), torch.randn(1, 3)], [torch.randn(5, 2), torch.randn(4, 1)]
+    flat = Flat([torch.randn(40), torch.randn(40)], [(20, 3), (36, 32)], [(5, 6, 2), (4, 3, 1)])
+    inputs = (*flat.factors(), ref_A, ref_B)
+    layout = gpu.Layout(inputs, None, 0.4, "joint", rotations=[torch.empty(2, 2)] * 4, flat=flat)
+    _, clients, _, _ = sections(layout)
+    assert [(row["A"], row["B"]) for row in clients] == [(80, 12), (144, 128)] * 2
+    flat.buffers = [torch.randn(40), torch.randn(40)]
+    layout.rebind()
+    assert layout.table[:2].tolist() == [b.data_ptr() for b in flat.buffers]
