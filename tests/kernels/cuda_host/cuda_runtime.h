@@ -9,6 +9,7 @@
 #include <cstring>
 #include <functional>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #define __global__
@@ -41,7 +42,7 @@ struct alignas(16) Exchange {
 };
 
 struct Thread {
-  dim3 thread, block, block_dim, grid_dim;
+  dim3 thread, block, block_dim;
 };
 const Thread& current();
 
@@ -64,10 +65,16 @@ inline int lane() { return int(current().thread.x % warp_size); }
 
 }  // namespace cuda_host
 
-#define threadIdx (cuda_host::current().thread)
-#define blockIdx (cuda_host::current().block)
-#define blockDim (cuda_host::current().block_dim)
-#define gridDim (cuda_host::current().grid_dim)
+// One coordinate of the thread that asks; launches have no others.
+template <dim3 cuda_host::Thread::*Of>
+struct CudaHostIndex {
+  struct {
+    operator unsigned() const { return (cuda_host::current().*Of).x; }
+  } x;
+};
+constexpr CudaHostIndex<&cuda_host::Thread::thread> threadIdx{};
+constexpr CudaHostIndex<&cuda_host::Thread::block> blockIdx{};
+constexpr CudaHostIndex<&cuda_host::Thread::block_dim> blockDim{};
 
 inline void __syncthreads() { cuda_host::block_barrier(); }
 inline void __syncwarp(unsigned mask = ~0u) { cuda_host::collective(mask, nullptr, 0); }

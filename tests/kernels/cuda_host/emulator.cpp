@@ -79,7 +79,7 @@ void fiber_main() {
   fail("a finished thread ran on");
 }
 
-void start(Block& block, unsigned index, dim3 grid, dim3 threads, std::size_t shared_bytes) {
+void start(Block& block, unsigned index, dim3 threads, std::size_t shared_bytes) {
   block.shared.reset(new unsigned char[shared_bytes]);
   std::memset(block.shared.get(), 0xff, shared_bytes);  // NaN: nobody may rely on zeros
   block.warps.assign((threads.x + warp_size - 1) / warp_size, Warp{});
@@ -89,7 +89,7 @@ void start(Block& block, unsigned index, dim3 grid, dim3 threads, std::size_t sh
   for (unsigned t = 0; t < threads.x; ++t) {
     auto& lane = block.lanes[t];
     if (!lane) lane = std::make_unique<Lane>();
-    lane->index = {dim3(t), dim3(index), threads, grid};
+    lane->index = {dim3(t), dim3(index), threads};
     lane->block = &block;
     lane->warp = &block.warps[t / warp_size];
     lane->waiting_for = 0;
@@ -178,14 +178,14 @@ void launch(dim3 grid, dim3 threads, std::size_t shared_bytes,
   std::vector<Block> blocks(resident_blocks);
   std::size_t started = 0;
   for (Block& block : blocks)
-    if (started < order.size()) start(block, order[started++], grid, threads, shared_bytes);
+    if (started < order.size()) start(block, order[started++], threads, shared_bytes);
   while (!launch.ready.empty()) {
     launch.lane = next();
     switch_fiber(launch.scheduler, launch.lane->fiber);
     if (!launch.lane->done) continue;
     Block& block = *launch.lane->block;
     if (--block.running == 0 && started < order.size())
-      start(block, order[started++], grid, threads, shared_bytes);
+      start(block, order[started++], threads, shared_bytes);
   }
   for (const Block& block : blocks)
     if (block.running) fail("threads wait for others that have returned or wait elsewhere");
@@ -201,7 +201,7 @@ float __double2float_rz(double x) {
   return std::fabs(double(nearest)) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-extern "C" void cuda_host_schedule(int schedule, unsigned seed) {
+extern "C" __attribute__((visibility("default"))) void cuda_host_schedule(int schedule, unsigned seed) {
   cuda_host::schedule = cuda_host::Schedule(schedule);
   cuda_host::generator.seed(seed);
 }
