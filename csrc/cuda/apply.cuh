@@ -5,11 +5,12 @@
 #pragma once
 
 #include "group.cuh"
+#include "table.cuh"
 #include "tile.cuh"
 
 namespace fedrot::cuda {
 
-constexpr int block_threads = 256;
+constexpr int block_threads = 128;
 
 // Elements of shared memory that apply() needs.
 template <int T>
@@ -37,12 +38,12 @@ __device__ __forceinline__ void rotate_tile(const Acc (&x)[T][4], const Acc* R, 
   }
 }
 
-// clients: the row of the first client in this layer, `stride` rows apart; bases: of the clients.
 template <int T, class Client, class Acc>
-__device__ __forceinline__ void apply(const device::LayerRow& layer, const device::Unit& unit,
-                                      const Integer* bases, const device::ClientRow* clients,
-                                      Integer count, Integer stride, DType client_dtype,
-                                      DType ref_dtype, Acc* scratch) {
+__device__ __noinline__ void apply(const Call& call, Integer unit_index, Acc* scratch) {
+  const Table table(call);
+  const device::Unit unit = table.apply_units[unit_index];
+  const device::LayerRow& layer = table.layers[unit.layer];
+  const Integer count = call.clients;
   const Side side = Side(unit.side);
   const bool of_A = side == Side::columns_of_A;
   const int r = int(layer.r), quads = int(unit.end - unit.begin + 3) / 4;
@@ -51,7 +52,7 @@ __device__ __forceinline__ void apply(const device::LayerRow& layer, const devic
   while (2 * parts * tiles <= block_threads && 2 * parts <= count) parts *= 2;
   const int part = int(threadIdx.x) / tiles;
   const Rows<void> out(of_A ? layer.out_A : layer.out_B,
-                       of_A ? layer.out_A_stride : layer.out_B_stride, ref_dtype);
+                       of_A ? layer.out_A_stride : layer.out_B_stride, DType(call.ref_dtype));
 
   for (int tile = parts > 1 ? int(threadIdx.x) % tiles : int(threadIdx.x); tile < tiles;
        tile += block_threads) {
@@ -59,9 +60,9 @@ __device__ __forceinline__ void apply(const device::LayerRow& layer, const devic
     const Integer position = unit.begin + (of_A ? 4 * quad : quad);
     Acc o[T][4] = {};
     for (Integer i = parts > 1 ? part : 0; i < count && (parts == 1 || part < parts); i += parts) {
-      const device::ClientRow row = clients[i * stride];
-      const Rows<Client> rows(bases[i] + (of_A ? row.A : row.B), of_A ? row.A_stride : row.B_stride,
-                              client_dtype);
+      const device::ClientRow row = table.clients[i * call.layers + unit.layer];
+      const Rows<Client> rows(table.bases[i] + (of_A ? row.A : row.B), of_A ? row.A_stride : row.B_stride,
+                              DType(call.client_dtype));
       const Rows<Acc> R(row.R, r, dtype_of<Acc>);
       const int rank = int(row.rank);
       const bool all = rows.aligned && unit.begin + 4 * quads <= unit.end;
@@ -78,9 +79,11 @@ __device__ __forceinline__ void apply(const device::LayerRow& layer, const devic
     for (int from = 1; from < parts; ++from) {
       __syncthreads();
       if (part == from)
+#pragma unroll
         for (int e = 0; e < T * 4; ++e) scratch[e * tiles + tile] = o[e / 4][e % 4];
       __syncthreads();
       if (part == 0)
+#pragma unroll
         for (int e = 0; e < T * 4; ++e) o[e / 4][e % 4] += scratch[e * tiles + tile];
     }
     if (part == 0 || parts == 1)

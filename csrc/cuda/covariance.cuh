@@ -1,6 +1,6 @@
 // Partial cross-covariances by plain multiply-adds: over the positions p of one unit
 //   M (rank, r) = sum_p client(p, :)^T reference(p, :)
-// One warp does up to Height x Width elements of M: lanes are tiles of at most 8 x 8 of them, times
+// One warp does up to Height x Width elements of M: lanes are tiles of at most 8 x 4 of them, times
 // lanes that share the positions among themselves and add up at the end.
 #pragma once
 
@@ -33,10 +33,10 @@ __device__ __forceinline__ int fold(Acc (&sums)[N], int first = 0) {
 // partial (r, r): rows row .. row + Height and columns column .. column + Width of M, those that
 // exist (rank, r).
 template <int Height, int Width, class Client, class Acc>
-__device__ __forceinline__ void covariance(const Rows<Client>& client, const Rows<void>& ref,
+__device__ __noinline__ void covariance(const Rows<Client>& client, const Rows<void>& ref,
                                            Side side, Integer begin, Integer end, int row,
                                            int column, int rank, int r, Acc* partial) {
-  constexpr int tall = Height < 8 ? Height : 8, wide = Width < 8 ? Width : 8;
+  constexpr int tall = Height < 8 ? Height : 8, wide = 4;
   constexpr int down = Height / tall, across = Width / wide;
   constexpr int position_lanes = warp_threads / (down * across), span = 4 * position_lanes;
   const int lane = lane_index(), at = lane % position_lanes, tile = lane / position_lanes;
@@ -47,22 +47,22 @@ __device__ __forceinline__ void covariance(const Rows<Client>& client, const Row
   Acc sums[tall * wide];
 #pragma unroll
   for (int e = 0; e < tall * wide; ++e) sums[e] = 0;
-  const auto add = [&](auto is_full, Integer position) {
-    constexpr bool Full = decltype(is_full)::value;
+  for (Integer p = begin; p < end; p += span) {
     Acc x[tall][4], y[wide][4];
-    load_tile<Full>(client, side, position, position_lanes, end, my_row, rank, x);
-    load_tile<Full>(ref, side, position, position_lanes, end, my_column, r, y);
+    if (full && p + span <= end) {
+      load_tile<true>(client, side, p + first, position_lanes, end, my_row, rank, x);
+      load_tile<true>(ref, side, p + first, position_lanes, end, my_column, r, y);
+    } else {
+      load_tile<false>(client, side, p + first, position_lanes, end, my_row, rank, x);
+      load_tile<false>(ref, side, p + first, position_lanes, end, my_column, r, y);
+    }
 #pragma unroll
     for (int v = 0; v < 4; ++v)
 #pragma unroll
       for (int i = 0; i < tall; ++i)
 #pragma unroll
         for (int j = 0; j < wide; ++j) sums[i * wide + j] += x[i][v] * y[j][v];
-  };
-  Integer p = begin;
-  if (full)
-    for (; p + span <= end; p += span) add(std::true_type(), p + first);
-  for (; p < end; p += span) add(std::false_type(), p + first);
+  }
 
   constexpr int count = tall * wide;
   constexpr int kept = count > position_lanes ? count / position_lanes : 1;

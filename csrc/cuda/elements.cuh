@@ -28,19 +28,14 @@ __host__ __device__ __forceinline__ int bytes_of(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
 }
 
-// f(T()) for the type of `dtype`.
-template <class F>
+// f(T()) for the type of `dtype`; with float sums nothing is float64.
+template <class Acc, class F>
 __device__ __forceinline__ void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f64:
-      return f(double());
-    case DType::f32:
-      return f(float());
-    case DType::bf16:
-      return f(BF16());
-    default:
-      return f(F16());
-  }
+  if constexpr (sizeof(Acc) == sizeof(double))
+    if (dtype == DType::f64) return f(double());
+  if (dtype == DType::f32) return f(float());
+  if (dtype == DType::bf16) return f(BF16());
+  f(F16());
 }
 
 template <class Acc>
@@ -103,10 +98,10 @@ struct Rows {
     aligned = address % alignment == 0 && stride % 4 == 0;
   }
 
-  template <class F>
+  template <class Acc, class F>
   __device__ __forceinline__ void with_element_type(F f) const {
     if constexpr (std::is_void_v<T>)
-      with_type(dtype, f);
+      with_type<Acc>(dtype, f);
     else
       f(T());
   }

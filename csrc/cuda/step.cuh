@@ -4,7 +4,6 @@
 #pragma once
 
 #include "apply.cuh"
-#include "call.h"
 #include "covariance.cuh"
 #include "launch.cuh"
 #include "rotate.cuh"
@@ -13,21 +12,10 @@ namespace fedrot::cuda {
 
 constexpr int block_warps = block_threads / warp_threads;
 
-// The sections of the table.
-struct Table {
-  const Integer* bases;
-  const device::LayerRow* layers;
-  const device::ClientRow* clients;
-  const device::Unit *covariance_units, *apply_units;
-
-  __device__ __forceinline__ explicit Table(const Call& call)
-      : bases(call.table),
-        layers(reinterpret_cast<const device::LayerRow*>(call.table + call.layers_at)),
-        clients(reinterpret_cast<const device::ClientRow*>(call.table + call.clients_at)),
-        covariance_units(
-            reinterpret_cast<const device::Unit*>(call.table + call.covariance_units_at)),
-        apply_units(reinterpret_cast<const device::Unit*>(call.table + call.apply_units_at)) {}
-};
+// Blocks that a multiprocessor must be able to hold, which bounds the registers of a thread: for
+// small ranks many with few, else the tiles decide.
+template <int Rank, class Acc>
+constexpr int resident_blocks = sizeof(Acc) == sizeof(double) ? 1 : Rank <= 4 ? 4 : 3;
 
 // weights[client] / sum of all; NaN where they are not weights. By a whole group.
 template <class G>
@@ -122,8 +110,9 @@ __device__ __forceinline__ void covariance_of(const Call& call, const Table& tab
 }
 
 template <int Rank, class Client, class Acc>
-__global__ void __launch_bounds__(block_threads, 2)
-    step(const Call call, const device::Launch launch, const Integer covariance_blocks) {
+__global__ void __launch_bounds__(block_threads, resident_blocks<Rank, Acc>)
+    step(const __grid_constant__ Call call, const device::Launch launch,
+         const Integer covariance_blocks) {
   const Table table(call);
   Acc* scratch = static_cast<Acc*>(shared_memory());
   const Integer block = blockIdx.x;
@@ -133,11 +122,8 @@ __global__ void __launch_bounds__(block_threads, 2)
     if (unit < launch.covariance_end)
       covariance_of<Rank, Client>(call, table, unit, job % call.clients, scratch);
   } else {
-    const device::Unit unit = table.apply_units[launch.apply_end - 1 - (block - covariance_blocks)];
-    const device::LayerRow layer = table.layers[unit.layer];
-    apply<(Rank < 8 ? Rank : 8), Client>(layer, unit, table.bases, table.clients + unit.layer,
-                                         call.clients, call.layers, DType(call.client_dtype),
-                                         DType(call.ref_dtype), scratch);
+    const Integer unit = launch.apply_end - 1 - (block - covariance_blocks);
+    apply<(Rank < 8 ? Rank : 8), Client>(call, unit, scratch);
   }
 }
 

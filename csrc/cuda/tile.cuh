@@ -20,7 +20,7 @@ template <bool Full, int T, class Element, class Acc>
 __device__ __forceinline__ void load_tile(const Rows<Element>& rows, Side side, Integer position,
                                           Integer step, Integer end, int rank, int ranks,
                                           Acc (&x)[T][4]) {
-  rows.with_element_type([&](auto zero) {
+  rows.template with_element_type<Acc>([&](auto zero) {
     const auto* data = reinterpret_cast<const decltype(zero)*>(rows.data);
     const bool aligned = Full || rows.aligned;
     if (side == Side::columns_of_A) {
@@ -51,7 +51,7 @@ template <int T, class Element, class Acc>
 __device__ __forceinline__ void store_tile(const Rows<Element>& rows, Side side, Integer position,
                                            Integer step, Integer end, int rank, int ranks,
                                            const Acc (&x)[T][4]) {
-  rows.with_element_type([&](auto zero) {
+  rows.template with_element_type<Acc>([&](auto zero) {
     auto* data = reinterpret_cast<decltype(zero)*>(rows.data);
     if (side == Side::columns_of_A) {
 #pragma unroll
