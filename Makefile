@@ -7,7 +7,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo test check format bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -33,6 +33,9 @@ format: $(STAMP)  ## rewrite sources the way `check` wants them
 
 bench: $(STAMP)  ## the operators against plain PyTorch and the machine's limits, a while
 	$(BIN)/fedrot bench --output benchmarks/results
+
+gpu: $(STAMP)  ## check and measure the GPU kernels on the card at hand, under ten minutes
+	$(BIN)/python -m benchmarks.gpu_suite
 
 clean:  ## remove the environment, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -50,6 +50,7 @@ class Runner:
         if flat is not None:
             self._factors = ([], [], *self._factors[2:])
         self._weights, self._outputs = weights, outputs(A, B)
+        self._kept = A, B  # the table holds addresses alone
         self._options = lam, ALIGN_MODES.index(align), proper
         self._flat = flat
         self._addresses = self._bases()

@@ -42,7 +42,7 @@ class Layout:
         with ``flat`` clients can be moved, see :meth:`rebind`."""
         tables, factors = read(factors, weights, lam, align)
         # Keeps alive what the table points to; flat buffers keep themselves.
-        self._kept = factors if flat is None else factors[2:]
+        self._kept = factors if flat is None else factors[2:], out, rotations
         self._flat = flat
         self.clients, self.layers = tables.clients, len(tables.shapes)
         self.client_dtype, self.out_dtype = factors[0][0].dtype, factors[2][0].dtype

@@ -33,17 +33,38 @@ class Lora:
 
 @dataclass(frozen=True)
 class Local:
-    """Local training in one round: ``steps`` mini-batches, drawn with replacement."""
+    """Local training in one round: ``steps`` mini-batches drawn with replacement, or ``epochs``
+    over the client's examples instead.
 
-    optimizer: str = option("sgd", choices=("sgd", "adam"))
+    ``prox``: weight of FedProx's ``prox / 2 |theta - start|^2`` (arXiv 1812.06127). ``lr_ratio``:
+    learning rate of ``B`` over that of ``A`` (LoRA+, arXiv 2402.12354). ``clip``: largest norm of
+    a client's gradient. ``together``: how many clients go through the model at a time, ``null``
+    for all; the numbers are the same to rounding, the memory is not.
+    """
+
+    optimizer: str = option("sgd", choices=("sgd", "adam", "adamw"))
     lr: float = option(0.3, above=0)
     steps: int = option(20, at_least=1)
+    epochs: int | None = option(None, at_least=1)
     batch_size: int = option(16, at_least=1)
+    momentum: float = option(0.0, at_least=0, below=1)
+    weight_decay: float = option(0.0, at_least=0)
+    prox: float = option(0.0, at_least=0)
+    lr_ratio: float = option(1.0, above=0)
+    clip: float | None = option(None, above=0)
+    together: int | None = option(None, at_least=1)
+
+    def __post_init__(self) -> None:
+        if self.momentum and self.optimizer != "sgd":
+            raise FedrotError(f"local.momentum is an option of sgd, not of {self.optimizer}")
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that decides the numbers of one run.
+
+    ``validation``: this fraction of the training examples is held out and takes the place of the
+    test part, for choosing options.
 
     ``threads`` of PyTorch: one by default, so that numbers do not depend on the number of cores
     (and a model this small gains little from more); ``null`` leaves PyTorch's choice.
@@ -54,6 +75,7 @@ class Config:
     rounds: int = option(12, at_least=1)
     start: str = option("shared", choices=("shared", "own"))
     regauge: bool = option(False)
+    validation: float = option(0.0, at_least=0, below=1)
     threads: int | None = option(1, at_least=1)
     clients: Clients = field(default_factory=Clients)
     lora: Lora = field(default_factory=Lora)

@@ -110,9 +110,9 @@ def test_compare(tmp_path, monkeypatch):
     args += ["--settings", "rounds,regauge,one-shot", *TINY]
     trained, real = [], rounds.train_clients
 
-    def counted(*a):
+    def counted(*a, **options):
         trained.append(1)
-        return real(*a)
+        return real(*a, **options)
 
     monkeypatch.setattr(rounds, "train_clients", counted)
     result = run(*args)

@@ -76,7 +76,7 @@ def test_tree_round_trips_through_yaml():
         ("local.lr=fast", "local.lr must be a number, got 'fast'"),
         ("local.lr=.nan", "local.lr must be finite, got nan"),
         ("local.lr=0", "local.lr must be above 0, got 0.0"),
-        ("local.optimizer=sdg", "local.optimizer must be one of sgd, adam, got 'sdg'"),
+        ("local.optimizer=sdg", "local.optimizer must be one of sgd, adam, adamw, got 'sdg'"),
         ("task.test_fraction=1", "task.test_fraction must be below 1, got 1.0"),
         ("method.lam=2", "method.lam must lie in [0, 1], got 2.0"),
         ("method.align=C", "method.align must be joint, A, B or alternate, got 'C'"),

@@ -11,7 +11,7 @@ from fedrot.factors import Factors
 from fedrot.options import merge, parse_overrides
 from fedrot.simulation.adapter import draw_factors, get_factors, parameter_names, set_factors
 from fedrot.simulation.gauge import haar, regauge
-from fedrot.simulation.local import draw_batches, train_clients
+from fedrot.simulation.local import NO_EXAMPLE, GroupedLinear, draw_batches, train_clients
 from fedrot.simulation.rounds import prepare, train_round
 from fedrot.simulation.seeding import generator
 
@@ -21,39 +21,146 @@ def federation():
     return prepare(load(parse_overrides(SMALL)))
 
 
-def one_client(federation, start: Factors, rows: torch.Tensor, local) -> tuple[Factors, float]:
+def one_client(federation, start: Factors, rows: torch.Tensor, local, parts="AB", head=()):
     """The ordinary way: PEFT's own forward and backward, a client at a time."""
     model, train = set_factors(federation.model, start), federation.data.train
-    trained = [model.get_parameter(n) for pair in parameter_names(model).values() for n in pair]
-    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[local.optimizer]
-    optimizer = kind(trained, lr=local.lr)
+    names = [pair["AB".index(part)] for pair in parameter_names(model).values() for part in parts]
+    names += [f"base_model.model.{name}" for name in head]
+    kept = {name: model.get_parameter(name).detach().clone() for name in names}
+    trained = [model.get_parameter(name).requires_grad_() for name in names]
+    groups = [
+        {"params": [p], "lr": local.lr * (local.lr_ratio if "lora_B" in name else 1)}
+        for name, p in zip(names, trained, strict=True)
+    ]
+    options = {"weight_decay": local.weight_decay}
+    if local.optimizer == "sgd":
+        options["momentum"] = local.momentum
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    optimizer = kind[local.optimizer](groups, **options)
     losses = []
     for step in rows:
+        batch = {key: value[step[step >= 0]] for key, value in train.items()}
         optimizer.zero_grad()
-        loss = model(**{key: value[step] for key, value in train.items()}).loss
-        loss.backward()
-        optimizer.step()
+        loss = model(**batch).loss
         losses.append(loss.item())
-    return get_factors(model), sum(losses) / len(losses)
+        for p, name in zip(trained, names, strict=True):
+            loss = loss + local.prox / 2 * (p - kept[name]).square().sum()
+        loss.backward()
+        if local.clip is not None:
+            torch.nn.utils.clip_grad_norm_(trained, local.clip)
+        optimizer.step()
+    factors = get_factors(model)
+    heads = {
+        name: model.get_parameter(f"base_model.model.{name}").detach().clone() for name in head
+    }
+    with torch.no_grad():
+        for name in head:
+            parameter = model.get_parameter(f"base_model.model.{name}")
+            parameter.requires_grad_(False).copy_(kept[f"base_model.model.{name}"])
+    return factors, heads, sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", "0.3"), ("adam", "1e-2")])
-def test_batched_equals_one_client_at_a_time(federation, optimizer, lr):
-    options = parse_overrides(["local.steps=8", f"local.optimizer={optimizer}", f"local.lr={lr}"])
-    local = load(options).local
+WAYS = {
+    "sgd": ["local.lr=0.3"],
+    "adam": ["local.optimizer=adam", "local.lr=1e-2"],
+    "adamw": ["local.optimizer=adamw", "local.lr=1e-2", "local.weight_decay=0.5"],
+    "momentum": ["local.momentum=0.9", "local.lr=0.1"],
+    "prox": ["local.prox=2", "local.lr=0.3"],
+    "lora+": ["local.lr_ratio=8", "local.lr=0.1"],
+    "clip": ["local.clip=0.05", "local.lr=3"],
+    "epochs": ["local.epochs=1", "local.batch_size=20", "local.momentum=0.9", "local.lr=0.1"],
+    "two at a time": ["local.together=2"],
+    "head": ["local.lr=0.3"],
+    "A": ["local.lr=0.3"],
+    "B": ["local.lr=0.3"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_batched_equals_one_client_at_a_time(federation, way):
+    local = load(parse_overrides(["local.steps=8", *WAYS[way]])).local
+    parts = way if way in "AB" else "AB"
+    head = ["classifier.weight", "classifier.bias"] if way == "head" else []
     starts = [draw_factors(federation.model, generator(5, "start", i)) for i in range(4)]
+    for factors in starts:  # with B = 0 the first steps would hardly move A
+        factors.B.update({name: torch.full_like(B, 0.05) for name, B in factors.B.items()})
     rows = [
         draw_batches(federation.examples[i], local, generator(5, "batches", i)) for i in range(4)
     ]
-    batched, losses = train_clients(federation.model, starts, federation.data.train, rows, local)
+    base = federation.model.base_model.model
+    heads = [{name: base.get_parameter(name).detach() + 0.1 * i for name in head} for i in range(4)]
+    done = train_clients(
+        federation.model, starts, federation.data.train, rows, local, parts=parts, heads=heads
+    )
     for i in range(4):
-        alone, loss = one_client(federation, starts[i], rows[i], local)
-        assert float(losses[i]) == pytest.approx(loss, abs=1e-5)
+        with torch.no_grad():
+            before = {name: base.get_parameter(name).clone() for name in head}
+            for name in head:
+                base.get_parameter(name).copy_(heads[i][name])
+        alone, own_head, loss = one_client(federation, starts[i], rows[i], local, parts, head)
+        with torch.no_grad():
+            for name in head:
+                base.get_parameter(name).copy_(before[name])
+        assert float(done.losses[i]) == pytest.approx(loss, abs=1e-5)
+        moved = done.factors[i]
         for name in alone.A:
-            # The start differs from the result by orders of magnitude more than this.
-            assert float((alone.B[name] - starts[i].B[name]).norm()) > 1e-2
-            torch.testing.assert_close(batched[i].A[name], alone.A[name], rtol=0, atol=2e-5)
-            torch.testing.assert_close(batched[i].B[name], alone.B[name], rtol=0, atol=2e-5)
+            # The start differs from the result by far more than the tolerance.
+            for part in parts:
+                old, new = getattr(starts[i], part)[name], getattr(moved, part)[name]
+                assert float((new - old).norm()) > 1e-3
+            torch.testing.assert_close(moved.A[name], alone.A[name], rtol=0, atol=5e-5)
+            torch.testing.assert_close(moved.B[name], alone.B[name], rtol=0, atol=5e-5)
+            if parts != "AB":
+                frozen = "B" if parts == "A" else "A"
+                assert torch.equal(getattr(moved, frozen)[name], getattr(starts[i], frozen)[name])
+        for name in head:
+            assert float((done.heads[i][name] - heads[i][name]).norm()) > 1e-3
+            torch.testing.assert_close(done.heads[i][name], own_head[name], rtol=0, atol=5e-5)
+
+
+def test_smaller_ranks_train_as_they_would_alone(federation):
+    local = load(parse_overrides(["local.steps=6", "local.optimizer=adam", "local.lr=1e-2"])).local
+    starts = [draw_factors(federation.model, generator(5, "start", i)) for i in range(3)]
+    for client, r in enumerate((1, 3)):
+        A = {name: A[:r] for name, A in starts[client].A.items()}
+        B = {name: B[:, :r] for name, B in starts[client].B.items()}
+        starts[client] = Factors(A, B)
+    rows = [
+        draw_batches(federation.examples[i], local, generator(5, "batches", i)) for i in range(3)
+    ]
+    train = federation.data.train
+    together = train_clients(federation.model, starts, train, rows, local)
+    for i in range(3):
+        alone = train_clients(federation.model, starts[i : i + 1], train, rows[i : i + 1], local)
+        for name in starts[i].A:
+            for part in "AB":
+                actual = getattr(together.factors[i], part)[name]
+                assert actual.shape == getattr(starts[i], part)[name].shape
+                expected = getattr(alone.factors[0], part)[name]
+                torch.testing.assert_close(actual, expected, rtol=0, atol=5e-5)
+
+
+def test_an_epoch_sees_every_example_once():
+    examples = torch.arange(100, 137)
+    local = load(parse_overrides(["local.epochs=2", "local.batch_size=8"])).local
+    rows = draw_batches(examples, local, generator(0, "batches"))
+    assert rows.shape == (10, 8)
+    for epoch in rows.view(2, 5, 8):
+        seen = epoch[epoch != NO_EXAMPLE]
+        assert torch.equal(seen.sort().values, examples)
+        assert int((epoch[:-1] == NO_EXAMPLE).sum()) == 0
+    assert not torch.equal(rows[:5], rows[5:])
+
+
+def test_a_grouped_layer_is_its_layers():
+    weight, bias, x = torch.randn(3, 5, 4), torch.randn(3, 5), torch.randn(6, 2, 7, 4)
+    for b in (None, bias):
+        y = GroupedLinear(weight, b)(x)
+        for i in range(3):
+            own = torch.nn.functional.linear(
+                x[2 * i : 2 * i + 2], weight[i], None if b is None else b[i]
+            )
+            torch.testing.assert_close(y[2 * i : 2 * i + 2], own)
 
 
 def test_frozen_parameters_and_inputs_stay(federation):
@@ -61,7 +168,9 @@ def test_frozen_parameters_and_inputs_stay(federation):
     start = draw_factors(federation.model, generator(1, "start", 0))
     copies = {n: t.clone() for n, t in start.A.items()}
     train_round(federation, 0, start)
-    assert all(torch.equal(before[n], p) for n, p in federation.model.named_parameters())
+    after = dict(federation.model.named_parameters())
+    assert list(after) == list(before)
+    assert all(torch.equal(before[n], p) for n, p in after.items())
     assert all(torch.equal(copies[n], t) for n, t in start.A.items())
 
 
@@ -73,8 +182,8 @@ def test_a_client_does_not_depend_on_the_others(federation):
         draw_batches(federation.examples[i], local, generator(0, "batches", 0, i)) for i in range(4)
     ]
     train = federation.data.train
-    together, _ = train_clients(federation.model, [start] * 4, train, rows, local)
-    two, _ = train_clients(federation.model, [start] * 2, train, rows[:2], local)
+    together = train_clients(federation.model, [start] * 4, train, rows, local).factors
+    two = train_clients(federation.model, [start] * 2, train, rows[:2], local).factors
     for name in start.A:
         torch.testing.assert_close(together[1].B[name], two[1].B[name], rtol=0, atol=1e-6)
 

@@ -121,11 +121,11 @@ def test_resume_after_an_interruption_gives_the_same_bits(tmp_path, monkeypatch)
     whole = federate(config, tmp_path / "whole")
     real, calls = rounds.train_clients, []
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(rounds, "train_clients", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -30,6 +30,7 @@ from fedrot_kernels.plan import Flat
 
 Check = Callable[[Any, str], None]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NAN_ON_A_GPU = ("non-finite", "bad weights")  # checks of what the CPU backend raises for
 SMALL_RANKS, FULL_RANKS = (1, 3, 8, 17), (1, 2, 3, 4, 5, 8, 11, 16, 17, 32, 33, 64)
 
 

@@ -6,15 +6,12 @@ import importlib
 
 import pytest
 import torch
-from gpu_checks import checks
+from gpu_checks import NAN_ON_A_GPU, checks
 
 from fedrot_kernels.backends import cpu
 
 FULL = dict(checks(full=True))
-# Host and GPU differ on purpose: the CPU raises where a GPU gives NaN.
-ON_THE_CPU = {
-    n: c for n, c in checks(full=False) if not n.startswith(("non-finite", "bad weights"))
-}
+ON_THE_CPU = {n: c for n, c in checks(full=False) if not n.startswith(NAN_ON_A_GPU)}
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

@@ -61,6 +61,10 @@ class Case:
 
 ROBERTA_LARGE = ((1024, 1024),) * 48  # query and value of 24 layers
 LLAMA_8B_QV = ((4096, 4096), (1024, 4096)) * 32
+LLAMA_8B_LINEAR = (  # query, key, value, output, gate, up, down
+    *((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)),
+    *((14336, 4096), (14336, 4096), (4096, 14336)),
+) * 32
 
 CASES = (
     Case("roberta-large-r4-n10", 10, 4, ROBERTA_LARGE),
@@ -119,22 +123,25 @@ def factors(case: Case, device: str = "cpu", seed: int = 0) -> Factors:
     """``lora_A, lora_B, ref_A, ref_B``: each client is the reference in a basis of its own (a
     random rotation) plus noise. The reference's latent directions fall from 1 to 0.1 in size,
     which gives ``M`` a condition of about 100."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
     r = case.rank
-    sizes = torch.logspace(0, -1, r)
+    sizes = torch.logspace(0, -1, r, device=device)
 
     def to(t: Tensor) -> Tensor:
-        return t.to(device, case.dtype)
+        return t.to(case.dtype)
 
-    ref_A = [sizes[:, None] * torch.randn(r, k, generator=g) for _, k in case.shapes]
-    ref_B = [torch.randn(d, r, generator=g) * sizes for d, _ in case.shapes]
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=g, device=device)
+
+    ref_A = [sizes[:, None] * normal(r, k) for _, k in case.shapes]
+    ref_B = [normal(d, r) * sizes for d, _ in case.shapes]
     lora_A, lora_B = [], []
     for _ in range(case.clients):
-        turns = torch.linalg.qr(torch.randn(len(case.shapes), r, r, generator=g)).Q
+        turns = torch.linalg.qr(normal(len(case.shapes), r, r)).Q
         turns[..., 0] *= det_sign(turns)[:, None]
         for Q, A, B in zip(turns, ref_A, ref_B, strict=True):
-            lora_A.append(to((Q @ A).add_(torch.randn(A.shape, generator=g), alpha=0.1)))
-            lora_B.append(to((B @ Q.T).add_(torch.randn(B.shape, generator=g), alpha=0.1)))
+            lora_A.append(to((Q @ A).add_(normal(*A.shape), alpha=0.1)))
+            lora_B.append(to((B @ Q.T).add_(normal(*B.shape), alpha=0.1)))
     return lora_A, lora_B, [to(A) for A in ref_A], [to(B) for B in ref_B]
 
 

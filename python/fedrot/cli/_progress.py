@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ def progress(quiet: bool = False) -> Iterator[Track]:
     with Progress(*columns, console=console, transient=True, disable=disabled) as bars:
 
         def track(items: Iterable[Any], label: str) -> Iterator[Any]:
-            items = list(items)
+            items = items if isinstance(items, Sized) else list(items)
             bar = bars.add_task(label, total=len(items))
             try:
                 for item in items:

@@ -1,32 +1,85 @@
-"""Local training of all clients of a round in one batched pass.
+"""Local training of all clients of a round in one pass of the model.
 
-The clients share one frozen backbone and differ in their LoRA factors alone. So the factors are
-stacked, ``(N, r, k)`` and ``(N, d, r)``, and the model's forward is mapped over clients
-(``torch.func.vmap``): the frozen matrix products run once over all clients' examples. The sum of
-the client losses gives each client its own gradient, and an element-wise optimizer on the stacked
-tensors is N separate ones. Activations of ``N * batch_size`` examples are held at a time.
+The clients share one frozen backbone and differ in their LoRA factors (and heads) alone. So these
+are stacked, ``(N, r, k)`` and ``(N, d, r)``, and the model runs once over the clients' batches, one
+behind the other: its frozen products see one large batch, and only the LoRA layers
+(:class:`GroupedLinear`) tell the clients apart. The sum of the client losses gives each client its
+own gradient, and an element-wise optimizer on the stacked tensors is N separate ones. Activations
+of ``N * batch_size`` examples are held at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
-from torch.func import functional_call, vmap
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
 
 from fedrot.config import Local
 from fedrot.factors import Factors
-from fedrot.simulation.adapter import parameter_names
+from fedrot.simulation.adapter import ADAPTER, PREFIX, parameter_names
 from fedrot.tasks import Batch
 from fedrot.tasks.base import Track, no_progress
 
+NO_EXAMPLE = -1  # in a batch that is not full
+
+# (output of the model, batch) -> the sum of the losses of each example (b,), and of how many terms
+ExampleLosses = Callable[[Any, Batch], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the clients come back with. ``losses``: each one's mean training loss ``(N,)``, not
+    finite where it diverged."""
+
+    factors: list[Factors]
+    heads: list[dict[str, Tensor]]
+    losses: Tensor
+
+
+class GroupedLinear(nn.Module):
+    """``N`` linear layers at once: input ``(N * b, ..., k)``, weight ``(N, d, k)``, bias
+    ``(N, d)`` or ``None``; the first ``b`` rows go through the first layer, and so on."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grouped = x.reshape(len(self.weight), -1, x.shape[-1])
+        if self.bias is None:
+            y = grouped @ self.weight.mT
+        else:
+            y = torch.baddbmm(self.bias.unsqueeze(1), grouped, self.weight.mT)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def classification_losses(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross entropy of ``output.logits`` ``(b, classes)`` with ``batch["labels"]`` ``(b,)``."""
+    losses = cross_entropy(output.logits.float(), batch["labels"], reduction="none")
+    return losses, torch.ones_like(losses)
+
 
 def draw_batches(examples: Tensor, local: Local, generator: torch.Generator) -> Tensor:
-    """Which examples a client sees: ``(steps, batch_size)`` drawn from its own, ``(n_i,)``."""
-    shape = (local.steps, local.batch_size)
-    return examples[torch.randint(len(examples), shape, generator=generator)]
+    """Which of its examples ``(n_i,)`` a client sees: ``(steps, batch_size)``.
+
+    ``local.steps`` batches drawn with replacement; or, with ``local.epochs``, every example once
+    an epoch in a new order, the last batch of an epoch filled up with ``NO_EXAMPLE``.
+    """
+    size = local.batch_size
+    if local.epochs is None:
+        return examples[torch.randint(len(examples), (local.steps, size), generator=generator)]
+    epochs = []
+    for _ in range(local.epochs):
+        order = examples[torch.randperm(len(examples), generator=generator)]
+        epochs.append(pad(order, (0, -len(order) % size), value=NO_EXAMPLE))
+    return torch.cat(epochs).view(-1, size)
 
 
 def train_clients(
@@ -35,60 +88,194 @@ def train_clients(
     train: Batch,
     batches: Sequence[Tensor],
     local: Local,
+    *,
+    parts: str = "AB",
+    heads: Sequence[dict[str, Tensor]] | None = None,
+    example_losses: ExampleLosses = classification_losses,
     track: Track = no_progress,
-) -> tuple[list[Factors], Tensor]:
+) -> Trained:
     """Train every client from its own factors on its own batches.
 
     Args:
         model: the shared model; its parameters are not changed.
-        starts: ``N`` adapters of one shape.
+        starts: ``N`` adapters; smaller ranks are zero-padded meanwhile, which is exact: rows of
+            ``A`` and columns of ``B`` that are both zero get no gradient.
         train: all training examples.
-        batches: per client ``(steps, batch_size)`` indices into ``train``.
-        local: optimizer and learning rate.
-
-    Returns:
-        the ``N`` trained adapters, and each client's mean training loss ``(N,)``. A client that
-        diverged has a loss that is not finite.
+        batches: per client ``(steps_i, batch_size)`` indices into ``train``.
+        local: how to train; ``local.together`` clients go through the model at a time.
+        parts: which factors are trained, ``"AB"``, ``"A"`` or ``"B"``.
+        heads: per client the parameters of linear layers of the base model, by name; trained too.
+        example_losses: the task's loss.
     """
-    stacked = _stack(model, starts)
-    optimizer = _optimizer(local, list(stacked.values()))
-    rows = torch.stack(list(batches), dim=1)  # (steps, N, batch_size)
-    losses = torch.zeros(len(starts), dtype=torch.float64)
-
-    def client_loss(parameters: dict[str, Tensor], batch: Batch) -> Tensor:
-        return functional_call(model, parameters, (), batch).loss
-
-    client_losses = vmap(client_loss)
-    for step in track(range(len(rows)), "local steps"):
-        loss = client_losses(stacked, {key: value[rows[step]] for key, value in train.items()})
-        optimizer.zero_grad()
-        loss.sum().backward()
-        optimizer.step()
-        losses += loss.detach()
-    return _unstack(model, stacked), losses / len(rows)
-
-
-def _optimizer(local: Local, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[local.optimizer]
-    return kind(parameters, lr=local.lr)
-
-
-def _stack(model: PeftModel, clients: Sequence[Factors]) -> dict[str, Tensor]:
-    """The clients' factors by parameter name, with the client as first dimension."""
-    stacked = {}
-    for module, (name_A, name_B) in parameter_names(model).items():
-        stacked[name_A] = torch.stack([c.A[module] for c in clients]).requires_grad_()
-        stacked[name_B] = torch.stack([c.B[module] for c in clients]).requires_grad_()
-    return stacked
-
-
-def _unstack(model: PeftModel, stacked: dict[str, Tensor]) -> list[Factors]:
-    names = parameter_names(model)
-    clients = next(iter(stacked.values())).shape[0]
-    return [
-        Factors(
-            {module: stacked[a][i].detach() for module, (a, _) in names.items()},
-            {module: stacked[b][i].detach() for module, (_, b) in names.items()},
+    together = local.together or len(starts)
+    groups = [slice(i, i + together) for i in range(0, len(starts), together)]
+    steps = sum(max(len(rows) for rows in batches[group]) for group in groups)
+    clock = iter(track(range(steps), "local steps"))
+    found = [
+        _train_group(
+            model,
+            starts[group],
+            train,
+            batches[group],
+            local,
+            parts,
+            heads[group] if heads else [{} for _ in starts[group]],
+            example_losses,
+            clock,
         )
-        for i in range(clients)
+        for group in groups
     ]
+    next(clock, None)  # to its end
+    return Trained(
+        [factors for part in found for factors in part.factors],
+        [head for part in found for head in part.heads],
+        torch.cat([part.losses for part in found]),
+    )
+
+
+def _train_group(
+    model: PeftModel,
+    starts: Sequence[Factors],
+    train: Batch,
+    batches: Sequence[Tensor],
+    local: Local,
+    parts: str,
+    heads: Sequence[dict[str, Tensor]],
+    example_losses: ExampleLosses,
+    clock: Iterator[int],
+) -> Trained:
+    clients, longest = len(starts), max(len(rows) for rows in batches)
+    lengths = torch.tensor([len(rows) for rows in batches])
+    rows = torch.stack(
+        [pad(b, (0, 0, 0, longest - len(b)), value=NO_EXAMPLE) for b in batches], dim=1
+    )  # (steps, N, batch_size)
+    losses = torch.zeros(clients, dtype=torch.float64)
+    with _grouped(model, starts, heads) as layers:
+        step_all = _Optimizer(layers, local, parts)
+        for step in range(longest):
+            next(clock)
+            flat = rows[step].flatten()
+            batch = {key: value[flat.clamp(min=0)] for key, value in train.items()}
+            loss = _client_losses(model, batch, flat != NO_EXAMPLE, clients, example_losses)
+            active = step < lengths
+            step_all(loss, active)
+            losses += torch.where(active, loss.detach().double(), 0.0)
+        return Trained(*_collect(layers, starts, heads), losses / lengths)
+
+
+def _client_losses(
+    model: PeftModel, batch: Batch, present: Tensor, clients: int, example_losses: ExampleLosses
+) -> Tensor:
+    """The mean loss of each client ``(N,)`` on its part of the batch."""
+    output = model(**{key: value for key, value in batch.items() if key != "labels"})
+    sums, counts = example_losses(output, batch)
+    sums = torch.where(present, sums, 0.0).view(clients, -1).sum(1)
+    counts = torch.where(present, counts, 0).view(clients, -1).sum(1)
+    return sums / counts.clamp(min=1)
+
+
+class _Optimizer:
+    """One step of every client's own optimizer."""
+
+    def __init__(self, layers: dict[str, GroupedLinear], local: Local, parts: str) -> None:
+        self.local = local
+        groups: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "head": []}
+        for name, layer in layers.items():
+            part = next((p for p in "AB" if name.endswith(f".lora_{p}.{ADAPTER}")), "head")
+            layer.requires_grad_(part == "head" or part in parts)
+            groups[part] += [p for p in layer.parameters() if p.requires_grad]
+        rates = {"A": local.lr, "B": local.lr * local.lr_ratio, "head": local.lr}
+        self.trained = [p for group in groups.values() for p in group]
+        self.starts = [p.detach().clone() for p in self.trained] if local.prox else []
+        options = [{"params": group, "lr": rates[part]} for part, group in groups.items() if group]
+        decay = {"weight_decay": local.weight_decay}
+        self.optimizer: torch.optim.Optimizer
+        if local.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(options, momentum=local.momentum, **decay)
+        else:
+            kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[local.optimizer]
+            self.optimizer = kind(options, **decay)
+
+    def __call__(self, losses: Tensor, active: Tensor) -> None:
+        """``active`` ``(N,)``: clients that have not taken all their steps yet."""
+        self.optimizer.zero_grad()
+        losses.sum().backward()
+        with torch.no_grad():
+            for p, start in zip(self.trained, self.starts, strict=False):
+                p.grad.add_(p - start, alpha=self.local.prox)
+            if self.local.clip is not None:
+                self._clip(self.local.clip)
+        if bool(active.all()):
+            self.optimizer.step()
+            return
+        before = [p.detach().clone() for p in self.trained]
+        self.optimizer.step()
+        with torch.no_grad():
+            for p, old in zip(self.trained, before, strict=True):
+                p[~active] = old[~active]
+
+    def _clip(self, largest: float) -> None:
+        """The gradient of each client to a norm of at most ``largest``."""
+        gradients = [p.grad for p in self.trained]
+        norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+        scale = largest / norm.clamp(min=largest)
+        for g in gradients:
+            g.mul_(scale.view(-1, *(1,) * (g.dim() - 1)))
+
+
+@contextmanager
+def _grouped(
+    model: PeftModel, starts: Sequence[Factors], heads: Sequence[dict[str, Tensor]]
+) -> Iterator[dict[str, GroupedLinear]]:
+    """The model with its LoRA layers, and the linear layers of the heads, grouped; by name."""
+    layers: dict[str, GroupedLinear] = {}
+    for module, (name_A, name_B) in parameter_names(model).items():
+        r = max(f.A[module].shape[0] for f in starts)
+        A = [pad(f.A[module], (0, 0, 0, r - f.A[module].shape[0])) for f in starts]
+        B = [pad(f.B[module], (0, r - f.B[module].shape[1])) for f in starts]
+        layers[name_A.removesuffix(".weight")] = GroupedLinear(torch.stack(A))
+        layers[name_B.removesuffix(".weight")] = GroupedLinear(torch.stack(B))
+    for name in heads[0]:
+        if name.endswith(".weight"):
+            base = name.removesuffix(".weight")
+            bias = f"{base}.bias"
+            layers[PREFIX + base] = GroupedLinear(
+                torch.stack([head[name] for head in heads]),
+                torch.stack([head[bias] for head in heads]) if bias in heads[0] else None,
+            )
+    plain = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            _put(model, name, layer)
+        yield layers
+    finally:
+        for name, module in plain.items():
+            _put(model, name, module)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _collect(
+    layers: dict[str, GroupedLinear],
+    starts: Sequence[Factors],
+    heads: Sequence[dict[str, Tensor]],
+) -> tuple[list[Factors], list[dict[str, Tensor]]]:
+    """The clients' factors and heads, each of its own rank."""
+
+    def own(module: str, part: str, client: int) -> Tensor:
+        weight = layers[f"{PREFIX}{module}.lora_{part}.{ADAPTER}"].weight[client].detach()
+        r = starts[client].A[module].shape[0]
+        return (weight[:r] if part == "A" else weight[:, :r]).contiguous()
+
+    def of_head(name: str, client: int) -> Tensor:
+        base, _, kind = name.rpartition(".")
+        return getattr(layers[PREFIX + base], kind)[client].detach()
+
+    factors = [
+        Factors({m: own(m, "A", i) for m in start.A}, {m: own(m, "B", i) for m in start.B})
+        for i, start in enumerate(starts)
+    ]
+    return factors, [{n: of_head(n, i) for n in head} for i, head in enumerate(heads)]

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedrot import __version__
 from fedrot.config import Config
-from fedrot.errors import FedrotError
+from fedrot.errors import Diverged
 from fedrot.factors import Factors
 from fedrot.methods import FedIT
 from fedrot.metrics import aggregation_error, rotation_angles, total
@@ -98,11 +98,26 @@ def federate(
 def prepare(config: Config, track: Track = no_progress) -> Federation:
     """Data, partition and adapted model of a configuration."""
     data = config.task.prepare(config.seed, track)
+    if config.validation:
+        data = hold_out(data, config.validation, config.seed)
     base = config.task.load_model(data.base)
     model = adapt(base, config.lora, config.task.lora_targets(base))
     clients = config.clients
     examples = dirichlet(data.labels, clients.count, clients.alpha, config.seed)
     return Federation(config, data, model, examples)
+
+
+def hold_out(data: TaskData, fraction: float, seed: int) -> TaskData:
+    """The same task with a part of its training examples in the place of the test part."""
+    order = torch.randperm(len(data.labels), generator=generator(seed, "validation"))
+    count = max(1, round(fraction * len(order)))
+    held, kept = order[:count].sort().values, order[count:].sort().values
+    return replace(
+        data,
+        train={key: value[kept] for key, value in data.train.items()},
+        test={key: value[held] for key, value in data.train.items()},
+        labels=data.labels[kept],
+    )
 
 
 def run_round(
@@ -151,9 +166,8 @@ def train_round(
         draw_batches(federation.examples[i], config.local, generator(seed, "batches", round, i))
         for i in clients
     ]
-    trained, losses = train_clients(
-        model, starts, federation.data.train, batches, config.local, track
-    )
+    done = train_clients(model, starts, federation.data.train, batches, config.local, track=track)
+    trained, losses = done.factors, done.losses
     _check_converging(losses, round, config.local.lr)
     if config.regauge:
         trained = [regauge(f, generator(seed, "gauge", round, i)) for i, f in enumerate(trained)]
@@ -228,7 +242,7 @@ def _means(rows: list[Row], *keys: str) -> dict[str, float]:
 def _check_converging(losses: Tensor, round: int, lr: float) -> None:
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if bad:
-        raise FedrotError(
+        raise Diverged(
             f"local training of client {bad[0]} diverged in round {round + 1}: "
             f"its loss is not finite; lower local.lr={lr}"
         )
