@@ -9,7 +9,7 @@ namespace {
 constexpr int threads = 256, warps = threads / warp_threads;
 
 template <int Rank, class T>
-__global__ void __launch_bounds__(threads) polar(const Polar batch) {
+__global__ void __launch_bounds__(threads, 1) polar(const Polar batch) {
   const Integer size = batch.rows * batch.n;
   const Integer index =
       Rank > warp_threads ? Integer(blockIdx.x) : Integer(blockIdx.x) * warps + warp_index();
@@ -37,9 +37,7 @@ const char* launch_polar(const Polar& batch, cudaStream_t stream) {
 
 template <class T>
 const char* polar_of(const Polar& batch, cudaStream_t stream) {
-  if (batch.n <= 4) return launch_polar<4, T>(batch, stream);
   if (batch.n <= 8) return launch_polar<8, T>(batch, stream);
-  if (batch.n <= 16) return launch_polar<16, T>(batch, stream);
   if (batch.n <= 32) return launch_polar<32, T>(batch, stream);
   return launch_polar<64, T>(batch, stream);
 }

@@ -3,8 +3,9 @@
 // the apply units of the group before, whose factors were read by the launch before.
 #pragma once
 
-#include "apply.cuh"
+#include "apply_mma.cuh"
 #include "covariance.cuh"
+#include "covariance_mma.cuh"
 #include "launch.cuh"
 #include "rotate.cuh"
 
@@ -16,6 +17,11 @@ constexpr int block_warps = block_threads / warp_threads;
 // small ranks many with few, else the tiles decide.
 template <int Rank, class Acc>
 constexpr int resident_blocks = sizeof(Acc) == sizeof(double) ? 1 : Rank <= 4 ? 4 : 3;
+
+// 16-bit clients of some rank are for the matrix units; what the reference is decides about M.
+template <int Rank, class Client>
+constexpr bool by_mma =
+    Rank >= 16 && (std::is_same_v<Client, BF16> || std::is_same_v<Client, F16>);
 
 // weights[client] / sum of all; NaN where they are not weights. By a whole group.
 template <class G>
@@ -48,15 +54,31 @@ __device__ __forceinline__ void rotate(const G& g, const Call& call, const devic
                            reinterpret_cast<Acc*>(row.R)};
   const Pool pool{call.workspaces, call.taken, int(call.slots),
                   workspace_elements(call.largest_rank)};
-  if constexpr (Rank > warp_threads) {
+  if constexpr (Rank > warp_threads)
     rotate_by_block(M, wanted, reinterpret_cast<double*>(scratch), pool);
+  else
+    rotate_by_warp<Rank>(M, wanted, scratch, pool);
+}
+
+template <int Height, int Width, class Client, class Acc>
+__device__ __forceinline__ void partial_covariance(const Rows<Client>& client,
+                                                   const Rows<void>& ref, Side side,
+                                                   const device::Unit& unit, int row, int column,
+                                                   int rank, int r, Acc* partial) {
+  if constexpr (by_mma<Height, Client>) {
+    if (ref.dtype == client.dtype) {
+      const Rows<Client> same(reinterpret_cast<Integer>(ref.data), ref.stride, ref.dtype);
+      return covariance_mma<Height, Width>(client, same, side, unit.begin, unit.end, row, column,
+                                           rank, r, partial);
+    }
+    covariance<Height, Width < 16 ? Width : 16>(client, ref, side, unit.begin, unit.end, row,
+                                                column, rank, r, partial);
+    if constexpr (Width > 16)
+      covariance<Height, 16>(client, ref, side, unit.begin, unit.end, row, column + 16, rank, r,
+                             partial);
   } else {
-    if (n <= 4) return rotate_by_warp<4>(M, wanted, scratch, pool);
-    if constexpr (Rank > 4)
-      if (n <= 8) return rotate_by_warp<8>(M, wanted, scratch, pool);
-    if constexpr (Rank > 8)
-      if (n <= 16) return rotate_by_warp<16>(M, wanted, scratch, pool);
-    if constexpr (Rank > 16) rotate_by_warp<32>(M, wanted, scratch, pool);
+    covariance<Height, Width>(client, ref, side, unit.begin, unit.end, row, column, rank, r,
+                              partial);
   }
 }
 
@@ -78,11 +100,12 @@ __device__ __forceinline__ void covariance_of(const Call& call, const Table& tab
   int* counter = call.counters + client * call.layers + unit.layer;
 
   if constexpr (Rank > warp_threads) {
-    constexpr int height = 32, width = 16;
+    // Tiles of M for the warps. The plain path has more registers to fill with less of M.
+    constexpr int height = 32, width = by_mma<Rank, Client> ? 32 : 16;
     const int across = (r + width - 1) / width, tiles = (rank + height - 1) / height * across;
     for (int tile = warp_index(); tile < tiles; tile += block_warps)
-      covariance<height, width>(rows, ref, side, unit.begin, unit.end, tile / across * height,
-                                tile % across * width, rank, r, partial);
+      partial_covariance<height, width>(rows, ref, side, unit, tile / across * height,
+                                        tile % across * width, rank, r, partial);
     __threadfence();
     __syncthreads();
     int* arrived = reinterpret_cast<int*>(scratch);
@@ -96,7 +119,7 @@ __device__ __forceinline__ void covariance_of(const Call& call, const Table& tab
     const Block g(reinterpret_cast<double*>(scratch));
     rotate<Rank>(g, call, layer, table.covariance_units[layer.first_unit], row, client, scratch);
   } else {
-    covariance<Rank, Rank>(rows, ref, side, unit.begin, unit.end, 0, 0, rank, r, partial);
+    partial_covariance<Rank, Rank>(rows, ref, side, unit, 0, 0, rank, r, partial);
     __threadfence();
     __syncwarp();
     int arrived = lane_index() == 0 ? atomicAdd(counter, 1) : 0;
@@ -123,7 +146,10 @@ __global__ void __launch_bounds__(block_threads, resident_blocks<Rank, Acc>)
       covariance_of<Rank, Client>(call, table, unit, job % call.clients, scratch);
   } else {
     const Integer unit = launch.apply_end - 1 - (block - covariance_blocks);
-    apply<(Rank < 8 ? Rank : 8), Client>(call, unit, scratch);
+    if constexpr (by_mma<Rank, Client>)
+      apply_mma<Rank, Client>(call, unit, scratch);
+    else
+      apply<(Rank < 8 ? Rank : 8), Client>(call, unit, scratch);
   }
 }
 
@@ -135,7 +161,9 @@ const char* launch_step(const Call& call, const device::Launch& range, cudaStrea
   const Integer blocks = covariance_blocks + range.apply_end - range.apply_begin;
   constexpr std::size_t rotation =
       Rank > warp_threads ? 64 * sizeof(double) : block_warps * newton_scratch(Rank) * sizeof(Acc);
-  constexpr std::size_t average = apply_scratch<(Rank < 8 ? Rank : 8)> * sizeof(Acc);
+  constexpr std::size_t average = by_mma<Rank, Client>
+                                      ? block_warps * MmaTile<Rank>::scratch * sizeof(float)
+                                      : apply_scratch<(Rank < 8 ? Rank : 8)> * sizeof(Acc);
   return launch(step<Rank, Client, Acc>, blocks, block_threads,
                 rotation > average ? rotation : average, stream, call, range, covariance_blocks);
 }
