@@ -13,8 +13,10 @@
 
 #if defined(__CUDACC__)
 #define FEDROT_HD __host__ __device__ __forceinline__
+#define FEDROT_HD_LARGE __host__ __device__ __noinline__  // called from several places
 #else
 #define FEDROT_HD inline
+#define FEDROT_HD_LARGE inline
 #endif
 
 // Iterations of the loop that follows touch different elements: it may be vectorised.

@@ -43,7 +43,7 @@ FEDROT_HD bool dominant_eigenvector(const G& g, int n, const T* P, T norm, T* v,
 // singular value of M. `inverse` = M^-1 up to a positive factor; P, Q are n * n, v is n.
 // M^-1 R = V S^-1 V^T, whose largest eigenvalue is sought; squaring the matrix doubles the gap.
 template <class T, class G>
-FEDROT_HD void flip_smallest(const G& g, int n, T* R, const T* inverse, T* P, T* Q, T* v) {
+FEDROT_HD_LARGE void flip_smallest(const G& g, int n, T* R, const T* inverse, T* P, T* Q, T* v) {
   constexpr int max_squarings =
       sizeof(T) == 4 ? 24 : 53;  // tells singular values apart down to a gap of one rounding
   multiply(g, n, n, n, inverse, n, R, n, Q, n);
@@ -75,7 +75,7 @@ FEDROT_HD void flip_smallest(const G& g, int n, T* R, const T* inverse, T* P, T*
 
 // Householder: v (length m) such that (I - 2 v v^T) x is a multiple of e_0. x has stride `step`.
 template <class T, class G>
-FEDROT_HD void householder(const G& g, int m, const T* x, int step, T* v) {
+FEDROT_HD_LARGE void householder(const G& g, int m, const T* x, int step, T* v) {
   const T norm = std::sqrt(g.template sum<T>(m, [=](int i) { return x[i * step] * x[i * step]; }));
   const T x0 = x[0], v0 = x0 + (x0 < 0 ? -norm : norm);
   const T length = std::sqrt(2 * norm * (norm + magnitude(x0)));
@@ -97,7 +97,7 @@ FEDROT_HD void reflect_rows(const G& g, int m, int n, T* X, int ld, const T* v) 
 
 // X (m, n; row stride ld) <- X (I - 2 v v^T)
 template <class T, class G>
-FEDROT_HD void reflect_columns(const G& g, int m, int n, T* X, int ld, const T* v) {
+FEDROT_HD_LARGE void reflect_columns(const G& g, int m, int n, T* X, int ld, const T* v) {
   g.each(m, [=](int i) {
     T dot = 0;
     for (int j = 0; j < n; ++j) dot += v[j] * X[i * ld + j];
@@ -110,7 +110,7 @@ FEDROT_HD void reflect_columns(const G& g, int m, int n, T* X, int ld, const T* 
 // below tolerance times `scale` (times the largest column where scale is 0) count as zero.
 // Returns the rank; sign is multiplied by det U det V. order: m integers, v: m, Y: m * m.
 template <class T, class G>
-FEDROT_HD int orthogonal_decomposition(const G& g, int m, T* X, T scale, T tolerance, T* U, T* V,
+FEDROT_HD_LARGE int orthogonal_decomposition(const G& g, int m, T* X, T scale, T tolerance, T* U, T* V,
                                        T* Y, T* v, int* order, int& sign) {
   identity(g, m, U);
   identity(g, m, V);
@@ -174,7 +174,7 @@ FEDROT_HD void normalize(const G& g, int count, T* X) {
 //   scale      what `tolerance` is relative to; 0: X itself
 //   work       workspace_size(n) elements; pivots: n integers
 template <class T, class G>
-FEDROT_HD void polar(const G& g, int n, T* X, int det, T scale, T tolerance, T* work, int* pivots) {
+FEDROT_HD_LARGE void polar(const G& g, int n, T* X, int det, T scale, T tolerance, T* work, int* pivots) {
   const int count = n * n;
   T *M = work, *inverse = M + count, *Q = inverse + count, *U = Q + count, *V = U + count,
     *left = V + count, *right = left + count, *total = right + count, *P = total + count,

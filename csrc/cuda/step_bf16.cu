@@ -1,0 +1,10 @@
+#include "library.h"
+#include "step.cuh"
+
+namespace fedrot::cuda {
+
+const char* step_bf16(const Call& call, const device::Launch& range, void* stream) {
+  return step_of<BF16, float>(call, range, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace fedrot::cuda
