@@ -12,7 +12,7 @@ namespace fedrot::cuda {
 template <int Rank>
 struct MmaTile {
   static constexpr int width = Rank < 64 ? Rank : 64;
-  static constexpr int down = Rank < 64 ? 4 : 2;  // fragments of 16 positions
+  static constexpr int down = Rank < 32 ? 4 : 2;  // fragments of 16 positions
   static constexpr int positions = down * fragment, stride = width + 1;
   static constexpr int scratch = positions * stride;  // elements of shared memory of a warp
 };
