@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from small import SMALL, SMALL_ONE_SHOT
 
 from fedrot.config import load
-from fedrot.errors import FedrotError
+from fedrot.errors import Diverged, FedrotError
 from fedrot.factors import Factors
 from fedrot.methods import METHODS, Server
 from fedrot.options import merge, parse_overrides
@@ -329,3 +329,10 @@ def test_lists_round_trip():
     config = small("hetlora", "clients.ranks=[1,2]", "server.optimizer=fedyogi")
     tree = config.tree()
     assert tree["clients"]["ranks"] == [1, 2] and load(tree) == config
+
+
+def test_a_global_model_that_diverges_is_named(tmp_path, monkeypatch):
+    scores = {"accuracy": 0.1, "loss": float("nan")}
+    monkeypatch.setattr(rounds.Federation, "evaluate", lambda self, server: scores)
+    with pytest.raises(Diverged, match="FedIT diverged in round 1: loss is nan"):
+        federate(small("fedit"), tmp_path / "run")

@@ -200,6 +200,11 @@ def run_round(
         "seconds_local": uploads.seconds,
         "seconds_aggregation": seconds,
     }
+    for key, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Diverged(
+                f"{config.method.name} diverged in round {row['round']}: {key} is {value}"
+            )
     if config.clients.per_round < config.clients.count:
         row["clients"] = [upload.client for upload in uploads.clients]
     if config.start == "own":
