@@ -91,9 +91,10 @@ def _difference(results: Results, cell: Cell, method: str) -> str:
 def _error(results: Results, cell: Cell, method: str) -> str:
     error = results.spread(cell, method, "aggregation_error")
     ratio = results.spread(cell, method, "error_ratio")
-    if error is None or ratio is None:
+    if error is None:
         return "-"
-    return f"{error[0]:.3g} (ratio {_plus_minus(ratio, '.2f')})"
+    beside = "" if ratio is None else f" (ratio {_plus_minus(ratio, '.2f')})"
+    return f"{error[0]:.3g}{beside}"
 
 
 def _seconds(results: Results, cell: Cell, method: str) -> str:

@@ -125,13 +125,13 @@ KEYS = (
 
 def number(summary: Summary | None, key: str) -> float | None:
     """One number of a run; ``error_ratio`` is the aggregation error relative to that of plain
-    averaging on the same uploads."""
+    averaging on the same uploads, ``None`` where that is rounding (one factor is shared)."""
     if summary is None:
         return None
     if key != "error_ratio":
         return float(summary[key]) if key in summary else None
     plain = summary.get("aggregation_error_plain")
-    return float(summary["aggregation_error"]) / plain if plain else None
+    return float(summary["aggregation_error"]) / plain if plain and plain > 1e-5 else None
 
 
 def paired(differences: Sequence[float]) -> Difference | None:
