@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedrot.bench.tables import Row, markdown, ratio, times
+from fedrot.bench.tables import Row, markdown, of_floor, ratio, times
 from fedrot.files import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -15,7 +15,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- from benchmarks/results by `python -m benchmarks.readme` -->\n"
 END = "<!-- end of benchmarks/results -->\n"
 BATCHED = ("stacked", "per_layer", "compiled")
-HEADER = ("case", "per-client loop", "batched PyTorch", "plain mean", "`_foreach` mean", "of floor")
+HEADER = (
+    *("case", "per-client loop", "batched PyTorch", "plain mean", "`_foreach` mean"),
+    *("of floor", "`Plan`, of floor"),
+)
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -54,14 +57,14 @@ def _section(result: dict[str, Any]) -> str:
 
 def _line(row: Row) -> list[str]:
     batched = min(filter(None, (ratio(row, form) for form in BATCHED)))
-    seconds = row["times"]["fedrot"]["median"]
     return [
         row["case"],
         times(ratio(row, "loop")),
         times(batched),
         times(ratio(row, "mean")),
         times(ratio(row, "foreach_mean")),
-        f"{seconds / row['floor']:.2f}",
+        of_floor(row, "fedrot"),
+        of_floor(row, "plan"),
     ]
 
 

@@ -220,7 +220,7 @@ class Plan:
         aliases = tuple([t.detach() for t in tensors] for tensors in given)
         weights = None if weights is None else weights.detach()
         self._flat = flat
-        planner = _planners.get(problem.device.type, _ThroughOperator)
+        planner = _planners.get(problem.device.type, ThroughOperator)
         self._runner = planner(aliases, weights, self.A, self.B, lam, align, proper, flat)
         self._output_spans = sorted(_span(t) for t in [*self.A, *self.B])
         self._outputs = [t for t in [*self.A, *self.B] if not t.is_inference()]
@@ -232,7 +232,7 @@ class Plan:
         return self.A, self.B
 
 
-class _ThroughOperator:
+class ThroughOperator:
     """Runs where no backend plans."""
 
     def __init__(self, factors, weights, A, B, lam, align, proper, flat=None) -> None:

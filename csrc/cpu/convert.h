@@ -112,10 +112,11 @@ inline void with_dtype(DType dtype, F f) {
   }
 }
 
-// Whether a tensor of this type is computed with as it lies in memory.
-template <class Acc>
+template <class T>
 inline bool is(DType dtype) {
-  return dtype == (sizeof(Acc) == 4 ? DType::f32 : DType::f64);
+  bool same = false;
+  with_dtype(dtype, [&](auto* type) { same = std::is_same_v<decltype(type), T*>; });
+  return same;
 }
 
 #if defined(__AVX512F__)
@@ -136,14 +137,51 @@ inline __m256 widen_vector(const BFloat16* p) {
 }
 #endif
 
+// Whether vectors of Acc are loaded from memory that holds T.
+template <class Acc, class T>
+constexpr bool loads_as =
+#if defined(__AVX2__)
+    (std::is_same_v<Acc, float> && sizeof(T) == 2) ||
+#endif
+    std::is_same_v<Acc, T>;
+
+// Calls f with a null pointer of the type that vectors are loaded from: the tensor's own, or Acc
+// where it has to be converted beforehand.
+template <class Acc, class F>
+inline void with_loaded(DType dtype, F f) {
+  with_dtype(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    f(static_cast<std::conditional_t<loads_as<Acc, T>, T, Acc>*>(nullptr));
+  });
+}
+
+template <class Acc, class T>
+inline Vector<Acc> load_as(const T* p) {
+  if constexpr (std::is_same_v<Acc, T>)
+    return load(p);
+  else
+    return (Vector<Acc>)widen_vector(p);
+}
+
+// As load_partial(): nothing beyond p[n - 1] is touched.
+template <class Acc, class T>
+inline Vector<Acc> load_partial_as(const T* p, int n) {
+  if constexpr (std::is_same_v<Acc, T>) {
+    return load_partial(p, n);
+  } else {
+    T padded[lanes<Acc>] = {};
+    std::memcpy(padded, p, n * sizeof(T));
+    return load_as<Acc>(padded);
+  }
+}
+
 // to[0 .. n) <- from[0 .. n)
 template <class T, class Acc>
 inline void widen_row(const T* from, std::int64_t n, Acc* to) {
   std::int64_t i = 0;
 #if defined(__AVX2__)
   if constexpr (sizeof(T) == 2 && std::is_same_v<Acc, float>)
-    for (; i + lanes<float> <= n; i += lanes<float>)
-      store(to + i, (Vector<float>)widen_vector(from + i));
+    for (; i + lanes<float> <= n; i += lanes<float>) store(to + i, load_as<float>(from + i));
 #endif
   for (; i < n; ++i) to[i] = Acc(widen(from[i]));
 }

@@ -138,8 +138,10 @@ class Engine {
   int cached_clients(int layer) const {
     constexpr int fewest = 4;
     const std::int64_t cached = cache_bytes() / client_bytes(layer);
-    if (cached >= problem_.clients) return problem_.clients;
-    return cached < fewest ? 0 : int(cached);
+    if (cached < std::min(fewest, problem_.clients)) return 0;
+    // Of about one size: a few clients left over are little work to fetch the next layer behind.
+    const std::int64_t blocks = std::max<std::int64_t>(1, (problem_.clients + cached - 1) / cached);
+    return int((problem_.clients + blocks - 1) / blocks);
   }
 
   Reference<Acc> reference(int layer, Arena& arena) const {

@@ -1,6 +1,6 @@
 // The two passes over the factors: cross-covariance, and weighted, rotated average. Factors are
-// read as they lie in memory; only other types than the accumulator's, and the reference A where
-// the columns of M fill whole vectors, go through a panel.
+// read as they lie in memory, and small ranks of narrow types widened on load. Other types than the
+// accumulator's, and the reference A where the columns of M fill whole vectors, go through a panel.
 #pragma once
 
 #include "panel.h"
@@ -67,25 +67,35 @@ std::size_t panel_scratch(int r) {
   return (client_group + 1) * chunk + std::max(small, std::size_t(r) * r);
 }
 
-// M (r, r) <- A_i A_ref^T + B_i^T B_ref or what `align` asks for; rows beyond the client's rank 0.
-template <class Acc>
-void covariance(const Problem& problem, int layer, int client, const cpu::Reference<Acc>& reference,
-                Ahead& ahead, Acc* M, Acc* scratch) {
+// f(null pointer of the type that the clients' factors are loaded from). Above small ranks single
+// elements are loaded, or vectors again and again: there a panel is cheaper than to widen on load.
+template <class Acc, class F>
+inline void with_client_type(int r, DType dtype, F f) {
+  if (is_small<Acc>(r))
+    with_loaded<Acc>(dtype, f);
+  else
+    f(static_cast<Acc*>(nullptr));
+}
+
+template <class Acc, class T>
+void covariance_from(const Problem& problem, int layer, int client,
+                     const cpu::Reference<Acc>& reference, Ahead& ahead, Acc* M, Acc* scratch) {
   const Layer s = problem.shapes[layer];
   const int r = s.r, index = client * problem.layers + layer, rank = problem.ranks[index];
   const bool small = is_small<Acc>(r);
-  Acc *panel = scratch, *sums = scratch + chunk_elements(r);
+  T* panel = reinterpret_cast<T*>(scratch);
+  Acc* sums = scratch + chunk_elements(r);
   std::fill(M, M + r * r, Acc(0));
   if (problem.align != Align::B) {
     if (small) std::fill(sums, sums + r * r * lanes<Acc>, Acc(0));
     for (std::int64_t at = 0; at < s.k; at += chunk_length(r)) {
       const int count = int(std::min<std::int64_t>(chunk_length(r), s.k - at));
-      const Block<Acc> X =
+      const Block<T> X =
           block(Side::A, problem.client_dtype, problem.lora_A[index], rank, at, count, panel);
       const Acc* Y = reference.A.data + at * reference.A.position;
       if (small) {
         dot_rows(rank, r, count, X.data, X.direction, Y, reference.A.direction, sums, ahead);
-      } else {
+      } else if constexpr (std::is_same_v<T, Acc>) {
         const Term<Acc> term{X.data, X.direction, 1, Y, r, count};
         product<false>(rank, r, 1, &term, Into::added, M, r, ahead);
       }
@@ -103,9 +113,9 @@ void covariance(const Problem& problem, int layer, int client, const cpu::Refere
     const Matrix& B = problem.lora_B[index];
     const Acc* Y = reference.B.data + at * reference.B.position;
     if (small) {
-      const Acc* X = packed_block(problem.client_dtype, B, rank, r, at, count, panel);
+      const T* X = packed_block(problem.client_dtype, B, rank, r, at, count, panel);
       with_rank<Acc>(r, [&](auto R) { position_covariance<R>(count, X, Y, M, ahead); });
-    } else {
+    } else if constexpr (std::is_same_v<T, Acc>) {
       const Block<Acc> X = block(Side::B, problem.client_dtype, B, rank, at, count, panel);
       const Term<Acc> term{Y, 1, reference.B.position, X.data, X.position, count};
       product<true>(r, rank, 1, &term, Into::added, transposed, rank, ahead);
@@ -116,20 +126,31 @@ void covariance(const Problem& problem, int layer, int client, const cpu::Refere
       for (int q = 0; q < r; ++q) M[p * r + q] += transposed[q * rank + p];
 }
 
+// M (r, r) <- A_i A_ref^T + B_i^T B_ref or what `align` asks for; rows beyond the client's rank 0.
+template <class Acc>
+void covariance(const Problem& problem, int layer, int client, const cpu::Reference<Acc>& reference,
+                Ahead& ahead, Acc* M, Acc* scratch) {
+  with_client_type<Acc>(problem.shapes[layer].r, problem.client_dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    covariance_from<Acc, T>(problem, layer, client, reference, ahead, M, scratch);
+  });
+}
+
 // Positions begin <= t < end of A or B: adds W_i^T A_i or B_i W_i of clients first <= i < last to
 // the sums of the clients before them; W (last - first, r, r) are weighted rotations. The last
 // block of clients rounds the result to `out`; it returns false where a value is not finite.
 // sums: what earlier blocks left, laid out like the factor without gaps; not used where `out` has
 // the accumulator's type, and may be null where one block has all clients.
-template <class Acc>
-bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std::int64_t end,
-           int first, int last, const Acc* W, Ahead& ahead, const Matrix& out, Acc* sums,
-           Acc* scratch) {
+template <class Acc, class T>
+bool apply_from(const Problem& problem, int layer, Side side, std::int64_t begin, std::int64_t end,
+                int first, int last, const Acc* W, Ahead& ahead, const Matrix& out, Acc* sums,
+                Acc* scratch) {
   const Layer s = problem.shapes[layer];
   const int r = s.r, length = chunk_length(r);
   const bool small = side == Side::B && is_small<Acc>(r);
   const bool in_place = is<Acc>(problem.ref_dtype) && !(small && out.row_stride != r);
-  Acc *panels = scratch, *own_sums = scratch + client_group * chunk_elements(r),
+  T* panels = reinterpret_cast<T*>(scratch);
+  Acc *own_sums = scratch + client_group * chunk_elements(r),
       *turned = own_sums + chunk_elements(r);
   bool finite = true;
   for (std::int64_t at = begin; at < end; at += length) {
@@ -143,22 +164,22 @@ bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std
     for (int i = first; i < last; i += at_once) {
       const int group = std::min(at_once, last - i);
       const Into into = i == 0 ? Into::replaced : Into::continued;
-      Term<Acc> terms[client_group];
-      const Acc* packed[client_group];
+      Term<Acc, T> terms[client_group];
+      const T* packed[client_group];
       for (int c = 0; c < group; ++c) {
         const int index = (i + c) * problem.layers + layer, rank = problem.ranks[index];
         const Matrix& m = (side == Side::A ? problem.lora_A : problem.lora_B)[index];
         const Acc* Wi = W + std::size_t(i + c - first) * r * r;
-        Acc* panel = panels + c * chunk_elements(r);
+        T* panel = panels + c * chunk_elements(r);
         if (small) {
           packed[c] = packed_block(problem.client_dtype, m, rank, r, at, count, panel);
           with_rank<Acc>(r, [&](auto R) { turn_matrix<R>(Wi, turned + c * r * lanes<Acc>); });
           continue;
         }
-        const Block<Acc> X = block(side, problem.client_dtype, m, rank, at, count, panel);
+        const Block<T> X = block(side, problem.client_dtype, m, rank, at, count, panel);
         if (side == Side::A)
           terms[c] = {Wi, 1, r, X.data, X.direction, rank};
-        else
+        else if constexpr (std::is_same_v<T, Acc>)
           terms[c] = {X.data, X.position, 1, Wi, r, rank};
       }
       if (side == Side::A)
@@ -167,13 +188,13 @@ bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std
         with_rank<Acc>(r, [&](auto R) {
           position_product<R>(count, group, packed, turned, i == 0, C, ahead);
         });
-      else
+      else if constexpr (std::is_same_v<T, Acc>)
         product<false>(count, r, group, terms, into, C, row, ahead);
     }
     if (last < problem.clients) continue;
     with_dtype(problem.ref_dtype, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      T* to = static_cast<T*>(out.data) + (side == Side::A ? at : at * out.row_stride);
+      using Out = std::remove_pointer_t<decltype(type)>;
+      Out* to = static_cast<Out*>(out.data) + (side == Side::A ? at : at * out.row_stride);
       const int rows = side == Side::A ? r : count, cols = side == Side::A ? count : r;
       if (row == cols && out.row_stride == cols)
         finite &= finish_row(C, rows * cols, to);
@@ -182,6 +203,19 @@ bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std
           finite &= finish_row(C + p * row, cols, to + p * out.row_stride);
     });
   }
+  return finite;
+}
+
+template <class Acc>
+bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std::int64_t end,
+           int first, int last, const Acc* W, Ahead& ahead, const Matrix& out, Acc* sums,
+           Acc* scratch) {
+  bool finite = true;
+  with_client_type<Acc>(problem.shapes[layer].r, problem.client_dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    finite = apply_from<Acc, T>(problem, layer, side, begin, end, first, last, W, ahead, out, sums,
+                                scratch);
+  });
   return finite;
 }
 

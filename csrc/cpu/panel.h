@@ -1,5 +1,6 @@
-// Blocks of a factor in the accumulator type. A (r, k) is cut along k, B (d, r) along d; the words
-// for both are `direction` (of the rank) and `position` (along the cut).
+// Blocks of a factor in the type that it is computed with or loaded from. A (r, k) is cut along k,
+// B (d, r) along d; the words for both are `direction` (of the rank) and `position` (along the
+// cut).
 #pragma once
 
 #include <algorithm>
@@ -15,47 +16,52 @@ using cpu::Block;
 using cpu::panel_padding;
 using cpu::Side;
 
-// Positions begin <= t < begin + count: in place where the tensor has the accumulator's type,
-// else widened into panel (rank * (count + panel_padding)).
-template <class Acc>
-inline Block<Acc> block(Side side, DType dtype, const Matrix& m, int rank, std::int64_t begin,
-                        int count, Acc* panel) {
+// Positions begin <= t < begin + count: in place where the tensor holds T, else widened into panel
+// (rank * (count + panel_padding)).
+template <class T>
+inline Block<T> block(Side side, DType dtype, const Matrix& m, int rank, std::int64_t begin,
+                      int count, T* panel) {
   const std::int64_t stride = m.row_stride;
-  if (is<Acc>(dtype)) {
-    const Acc* data = static_cast<const Acc*>(m.data);
-    return side == Side::A ? Block<Acc>{data + begin, stride, 1}
-                           : Block<Acc>{data + begin * stride, 1, stride};
-  }
-  with_dtype(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  if (is<T>(dtype)) {
     const T* data = static_cast<const T*>(m.data);
-    if (side == Side::A)
-      for (int p = 0; p < rank; ++p)
-        widen_row(data + p * stride + begin, count,
-                  panel + std::int64_t(p) * (count + panel_padding));
-    else if (stride == rank)
-      widen_row(data + begin * stride, std::int64_t(count) * rank, panel);
-    else
-      for (int t = 0; t < count; ++t)
-        widen_row(data + (begin + t) * stride, rank, panel + std::int64_t(t) * rank);
-  });
-  return side == Side::A ? Block<Acc>{panel, count + panel_padding, 1} : Block<Acc>{panel, 1, rank};
+    return side == Side::A ? Block<T>{data + begin, stride, 1}
+                           : Block<T>{data + begin * stride, 1, stride};
+  }
+  if constexpr (std::is_floating_point_v<T>)
+    with_dtype(dtype, [&](auto* type) {
+      using From = std::remove_pointer_t<decltype(type)>;
+      const From* data = static_cast<const From*>(m.data);
+      if (side == Side::A)
+        for (int p = 0; p < rank; ++p)
+          widen_row(data + p * stride + begin, count,
+                    panel + std::int64_t(p) * (count + panel_padding));
+      else if (stride == rank)
+        widen_row(data + begin * stride, std::int64_t(count) * rank, panel);
+      else
+        for (int t = 0; t < count; ++t)
+          widen_row(data + (begin + t) * stride, rank, panel + std::int64_t(t) * rank);
+    });
+  return side == Side::A ? Block<T>{panel, count + panel_padding, 1} : Block<T>{panel, 1, rank};
 }
 
 // The same of B with exactly `width` >= rank elements a position, zero beyond the rank: in place
 // where it lies like that, else in panel (count * width).
-template <class Acc>
-inline const Acc* packed_block(DType dtype, const Matrix& m, int rank, int width,
-                               std::int64_t begin, int count, Acc* panel) {
+template <class T>
+inline const T* packed_block(DType dtype, const Matrix& m, int rank, int width, std::int64_t begin,
+                             int count, T* panel) {
   if (rank == width && m.row_stride == width)
     return block(Side::B, dtype, m, rank, begin, count, panel).data;
+  T* panel_row = panel;
   with_dtype(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T* data = static_cast<const T*>(m.data) + begin * m.row_stride;
-    for (int t = 0; t < count; ++t)
-      for (int p = 0; p < width; ++p)
-        panel[std::int64_t(t) * width + p] =
-            p < rank ? Acc(widen(data[t * m.row_stride + p])) : Acc(0);
+    using From = std::remove_pointer_t<decltype(type)>;
+    const From* data = static_cast<const From*>(m.data) + begin * m.row_stride;
+    for (int t = 0; t < count; ++t, data += m.row_stride, panel_row += width) {
+      if constexpr (std::is_same_v<From, T>)
+        std::copy_n(data, rank, panel_row);
+      else if constexpr (std::is_floating_point_v<T>)
+        for (int p = 0; p < rank; ++p) panel_row[p] = T(widen(data[p]));
+      std::fill(panel_row + rank, panel_row + width, T{});
+    }
   });
   return panel;
 }

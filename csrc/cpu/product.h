@@ -2,16 +2,17 @@
 #pragma once
 
 #include "ahead.h"
+#include "convert.h"
 
 namespace fedrot {
 inline namespace FEDROT_ISA {
 
-// X (rows, inner) with any strides, Y (inner, cols) with contiguous rows.
-template <class Acc>
+// X (rows, inner) with any strides, Y (inner, cols) with contiguous rows, widened on load.
+template <class Acc, class T = Acc>
 struct Term {
   const Acc* X;
   std::int64_t x_row, x_inner;
-  const Acc* Y;
+  const T* Y;
   std::int64_t y_row;
   int inner;
 };
@@ -22,12 +23,12 @@ struct Term {
 enum class Into { replaced, continued, added };
 
 // P rows and Q vectors of columns of C, `tail` lanes of the last vector. unit: x_row is 1.
-template <int P, int Q, bool whole, bool unit, class Acc>
-inline void product_tile(int terms, const Term<Acc>* term, std::int64_t row, std::int64_t col,
+template <int P, int Q, bool whole, bool unit, class Acc, class T>
+inline void product_tile(int terms, const Term<Acc, T>* term, std::int64_t row, std::int64_t col,
                          int tail, Into into, Acc* C, std::int64_t c_row, Ahead& ahead) {
-  auto load_row = [=](const Acc* p, int q) {
-    return whole || q + 1 < Q ? load(p + q * lanes<Acc>)
-                              : load_partial<Acc>(p + q * lanes<Acc>, tail);
+  auto load_row = [=](const auto* p, int q) {
+    return whole || q + 1 < Q ? load_as<Acc>(p + q * lanes<Acc>)
+                              : load_partial_as<Acc>(p + q * lanes<Acc>, tail);
   };
   C += row * c_row + col;
   Vector<Acc> sums[P][Q] = {};
@@ -39,13 +40,14 @@ inline void product_tile(int terms, const Term<Acc>* term, std::int64_t row, std
     }
   }
   for (int s = 0; s < terms; ++s) {
-    const Term<Acc>& t = term[s];
+    const Term<Acc, T>& t = term[s];
     const std::int64_t x_row = unit ? 1 : t.x_row, x_inner = t.x_inner, y_row = t.y_row;
     const int inner = t.inner;
     Stream stream = take(ahead, P * Q * lanes<Acc>, inner);
     // Four rows a pointer: all rows then share three registers of offsets.
     constexpr int pointers = (P + 3) / 4;
-    const Acc *X[pointers], *Y = t.Y + col;
+    const Acc* X[pointers];
+    const T* Y = t.Y + col;
     FEDROT_UNROLL
     for (int a = 0; a < pointers; ++a) X[a] = t.X + (row + 4 * a) * x_row;
     for (int l = 0; l < inner; ++l, Y += y_row) {
@@ -77,8 +79,8 @@ inline void product_tile(int terms, const Term<Acc>* term, std::int64_t row, std
 }
 
 // All rows from `row` on, P at a time, then half as many.
-template <int P, int Q, bool whole, bool unit, class Acc>
-inline void product_rows(int rows, int terms, const Term<Acc>* term, std::int64_t row,
+template <int P, int Q, bool whole, bool unit, class Acc, class T>
+inline void product_rows(int rows, int terms, const Term<Acc, T>* term, std::int64_t row,
                          std::int64_t col, int tail, Into into, Acc* C, std::int64_t c_row,
                          Ahead& ahead) {
   for (; row + P <= rows; row += P)
@@ -90,8 +92,8 @@ inline void product_rows(int rows, int terms, const Term<Acc>* term, std::int64_
 
 // C (rows, cols; rows c_row apart) <- sum over terms of X Y. Nothing beyond the columns given is
 // read or written.
-template <bool unit, class Acc>
-inline void product(int rows, int cols, int terms, const Term<Acc>* term, Into into, Acc* C,
+template <bool unit, class Acc, class T>
+inline void product(int rows, int cols, int terms, const Term<Acc, T>* term, Into into, Acc* C,
                     std::int64_t c_row, Ahead& ahead) {
   // Enough independent sums to hide the latency of a multiply-add, few enough for the registers.
   constexpr int wide = vector_bytes == 64 ? 8 : 6, narrow = vector_bytes == 64 ? 16 : 8;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "ahead.h"
+#include "convert.h"
 #include "shuffle.h"
 
 namespace fedrot {
@@ -24,8 +25,8 @@ inline void with_rank(int r, F f) {
 }
 
 // sums[p][q] += X[p][t] Y[q][t] lane by lane for P x Q entries; rows of sums are `cols` vectors.
-template <int P, int Q, class Acc>
-inline void dot_tile(int count, const Acc* X, std::int64_t x_row, const Acc* Y, std::int64_t y_row,
+template <int P, int Q, class Acc, class T>
+inline void dot_tile(int count, const T* X, std::int64_t x_row, const Acc* Y, std::int64_t y_row,
                      Acc* sums, int cols, Ahead& ahead) {
   Vector<Acc> s[P][Q], y[Q];
   FEDROT_UNROLL
@@ -37,8 +38,8 @@ inline void dot_tile(int count, const Acc* X, std::int64_t x_row, const Acc* Y, 
   Stream stream = take(ahead, P * Q * lanes<Acc> / 2, 2 * ((count + lanes<Acc> - 1) / lanes<Acc>));
   for (int t = 0; t < count; t += lanes<Acc>) {
     const int left = count - t;
-    auto load_at = [=](const Acc* p) {
-      return left >= lanes<Acc> ? load(p + t) : load_partial(p + t, left);
+    auto load_at = [=](const auto* p) {
+      return left >= lanes<Acc> ? load_as<Acc>(p + t) : load_partial_as<Acc>(p + t, left);
     };
     FEDROT_UNROLL
     for (int q = 0; q < Q; ++q) y[q] = load_at(Y + q * y_row);
@@ -58,9 +59,9 @@ inline void dot_tile(int count, const Acc* X, std::int64_t x_row, const Acc* Y, 
   }
 }
 
-template <int P, int Q, class Acc>
-inline void dot_columns(int cols, int from, int count, const Acc* X, std::int64_t x_row,
-                        const Acc* Y, std::int64_t y_row, Acc* sums, Ahead& ahead) {
+template <int P, int Q, class Acc, class T>
+inline void dot_columns(int cols, int from, int count, const T* X, std::int64_t x_row, const Acc* Y,
+                        std::int64_t y_row, Acc* sums, Ahead& ahead) {
   for (; from + Q <= cols; from += Q)
     dot_tile<P, Q>(count, X, x_row, Y + from * y_row, y_row, sums + from * lanes<Acc>, cols, ahead);
   if constexpr (Q > 1)
@@ -68,14 +69,14 @@ inline void dot_columns(int cols, int from, int count, const Acc* X, std::int64_
 }
 
 // sums (rows, cols, lanes) += X (rows, count) Y (cols, count)^T lane by lane.
-template <class Acc, int P = 4>
-inline void dot_rows(int rows, int cols, int count, const Acc* X, std::int64_t x_row, const Acc* Y,
+template <class Acc, class T, int P = 4>
+inline void dot_rows(int rows, int cols, int count, const T* X, std::int64_t x_row, const Acc* Y,
                      std::int64_t y_row, Acc* sums, Ahead& ahead) {
   constexpr int Q = vector_bytes == 64 ? 4 : 2;  // accumulators fill half to all of the registers
   for (; rows >= P; rows -= P, X += P * x_row, sums += P * cols * lanes<Acc>)
     dot_columns<P, Q>(cols, 0, count, X, x_row, Y, y_row, sums, ahead);
   if constexpr (P > 1)
-    if (rows > 0) dot_rows<Acc, P - 1>(rows, cols, count, X, x_row, Y, y_row, sums, ahead);
+    if (rows > 0) dot_rows<Acc, T, P - 1>(rows, cols, count, X, x_row, Y, y_row, sums, ahead);
 }
 
 // Lane g * R + p <- lane g * R + (p + s) % R.
@@ -93,8 +94,8 @@ inline void each_turn(Vector<Acc> v, F f) {
 }
 
 // M (R, R) += X^T Y for X, Y (count, R), contiguous.
-template <int R, class Acc>
-inline void position_covariance(int count, const Acc* X, const Acc* Y, Acc* M, Ahead& ahead) {
+template <int R, class Acc, class T>
+inline void position_covariance(int count, const T* X, const Acc* Y, Acc* M, Ahead& ahead) {
   constexpr int used = lanes<Acc> / R * R;
   constexpr int sets = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // hides the latency of a multiply-add
   Vector<Acc> sums[sets][R] = {};
@@ -106,12 +107,12 @@ inline void position_covariance(int count, const Acc* X, const Acc* Y, Acc* M, A
   std::int64_t at = 0;
   for (; at + (sets - 1) * used + lanes<Acc> <= length; at += sets * used)
     unrolled<sets>([&](int set) {
-      step(set, load(X + at + set * used), load(Y + at + set * used));
+      step(set, load_as<Acc>(X + at + set * used), load(Y + at + set * used));
       advance(stream);
     });
   for (; at < length; at += used) {
     const int n = int(length - at < used ? length - at : used);
-    step(0, load_partial(X + at, n), load_partial(Y + at, n));
+    step(0, load_partial_as<Acc>(X + at, n), load_partial(Y + at, n));
   }
   for (int s = 0; s < R; ++s) {
     for (int set = 1; set < sets; ++set) sums[0][s] += sums[set][s];
@@ -139,8 +140,8 @@ inline void turn_matrix(const Acc* W, Acc* V) {
 
 // C (count, R) = sum_i X_i W_i, contiguous, added to C unless `fresh`. X: pointers to (count, R),
 // V: `clients` matrices from turn_matrix.
-template <int R, class Acc>
-inline void position_product(int count, int clients, const Acc* const* X, const Acc* V, bool fresh,
+template <int R, class Acc, class T>
+inline void position_product(int count, int clients, const T* const* X, const Acc* V, bool fresh,
                              Acc* C, Ahead& ahead) {
   constexpr int used = lanes<Acc> / R * R, block = 4;  // vectors that share a load of V
   const std::int64_t length = std::int64_t(count) * R;
@@ -165,14 +166,15 @@ inline void position_product(int count, int clients, const Acc* const* X, const 
     Vector<Acc> c[block] = {next};
     unrolled<block - 1>(
         [&](int u) { c[u + 1] = fresh ? Vector<Acc>{} : load(C + at + (u + 1) * used); });
-    add(std::integral_constant<int, block>{}, at, c, [](const Acc* p) { return load(p); });
+    add(std::integral_constant<int, block>{}, at, c, [](const T* p) { return load_as<Acc>(p); });
     if (!fresh && at + block * used + lanes<Acc> <= length) next = load(C + at + block * used);
     unrolled<block>([&](int u) { store(C + at + u * used, c[u]); });
   }
   for (; at < length; at += used) {
     const int n = int(length - at < used ? length - at : used);
     Vector<Acc> c[1] = {fresh ? Vector<Acc>{} : load_partial(C + at, n)};
-    add(std::integral_constant<int, 1>{}, at, c, [=](const Acc* p) { return load_partial(p, n); });
+    add(std::integral_constant<int, 1>{}, at, c,
+        [=](const T* p) { return load_partial_as<Acc>(p, n); });
     store_partial(C + at, c[0], n);
   }
 }

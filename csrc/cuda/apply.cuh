@@ -61,8 +61,8 @@ __device__ __noinline__ void apply(const Call& call, Integer unit_index, Acc* sc
     Acc o[T][4] = {};
     for (Integer i = parts > 1 ? part : 0; i < count && (parts == 1 || part < parts); i += parts) {
       const device::ClientRow row = table.clients[i * call.layers + unit.layer];
-      const Rows<Client> rows(table.bases[i] + (of_A ? row.A : row.B), of_A ? row.A_stride : row.B_stride,
-                              DType(call.client_dtype));
+      const Rows<Client> rows(table.bases[i] + (of_A ? row.A : row.B),
+                              of_A ? row.A_stride : row.B_stride, DType(call.client_dtype));
       const Rows<Acc> R(row.R, r, dtype_of<Acc>);
       const int rank = int(row.rank);
       const bool all = rows.aligned && unit.begin + 4 * quads <= unit.end;
@@ -86,8 +86,7 @@ __device__ __noinline__ void apply(const Call& call, Integer unit_index, Acc* sc
 #pragma unroll
         for (int e = 0; e < T * 4; ++e) o[e / 4][e % 4] += scratch[e * tiles + tile];
     }
-    if (part == 0 || parts == 1)
-      store_tile(out, side, position, quads, unit.end, column, r, o);
+    if (part == 0 || parts == 1) store_tile(out, side, position, quads, unit.end, column, r, o);
   }
 }
 

@@ -63,9 +63,9 @@ __device__ __forceinline__ void average_mma(const Call& call, const Table& table
 
 // The output from `parts` tiles, `apart` elements from one to the next.
 template <int Rank>
-__device__ __forceinline__ void store_average(const Rows<void>& out, const device::Unit& unit, int r,
-                                              Integer position, int column, const float* tile,
-                                              int parts, int apart) {
+__device__ __forceinline__ void store_average(const Rows<void>& out, const device::Unit& unit,
+                                              int r, Integer position, int column,
+                                              const float* tile, int parts, int apart) {
   using Tile = MmaTile<Rank>;
   constexpr int quads = Tile::positions * Tile::width / 4;
   const bool of_A = unit.side == Side::columns_of_A;

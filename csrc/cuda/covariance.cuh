@@ -34,8 +34,8 @@ __device__ __forceinline__ int fold(Acc (&sums)[N], int first = 0) {
 // exist (rank, r).
 template <int Height, int Width, class Client, class Acc>
 __device__ __noinline__ void covariance(const Rows<Client>& client, const Rows<void>& ref,
-                                           Side side, Integer begin, Integer end, int row,
-                                           int column, int rank, int r, Acc* partial) {
+                                        Side side, Integer begin, Integer end, int row, int column,
+                                        int rank, int r, Acc* partial) {
   constexpr int tall = Height < 8 ? Height : 8, wide = 4;
   constexpr int down = Height / tall, across = Width / wide;
   constexpr int position_lanes = warp_threads / (down * across), span = 4 * position_lanes;

@@ -37,8 +37,8 @@ __device__ __forceinline__ int rank_in_order(int half, int g) {
   return g / 2 * 4 + half * 2 + g % 2;
 }
 
-// As operand of a sum over 32 positions from `position` on: x[half][2 s], x[half][2 s + 1] belong to
-// rank `rank` + rank_in_order(half, g) and to the s-th 16 of the positions.
+// As operand of a sum over 32 positions from `position` on: x[half][2 s], x[half][2 s + 1] belong
+// to rank `rank` + rank_in_order(half, g) and to the s-th 16 of the positions.
 template <class Client>
 __device__ __forceinline__ void load_for_positions(const Rows<Client>& rows, Side side,
                                                    Integer position, Integer end, int rank,
@@ -46,13 +46,16 @@ __device__ __forceinline__ void load_for_positions(const Rows<Client>& rows, Sid
   const int g = lane_index() / 4, t = lane_index() % 4;
   const auto* data = reinterpret_cast<const std::uint16_t*>(rows.data);
   if (side == Side::columns_of_A) {
-    const bool aligned = rows.aligned && rows.stride % 8 == 0 &&
-                         reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
+    const bool aligned =
+        rows.aligned && rows.stride % 8 == 0 && reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
     const Integer p = position + 8 * t, count = end - p;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = rank + rank_in_order(half, g);
-      load_packed<8>(data + row * rows.stride + p, row >= ranks ? 0 : count < 8 ? int(count) : 8,
+      load_packed<8>(data + row * rows.stride + p,
+                     row >= ranks ? 0
+                     : count < 8  ? int(count)
+                                  : 8,
                      aligned, x[half]);
     }
   } else {
@@ -87,8 +90,8 @@ __device__ __forceinline__ void load_for_ranks(const Rows<Client>& rows, Side si
     const bool of_A = side == Side::columns_of_A;
     const Integer p = position + (of_A ? 4 * t : 8 * half + g);
     const int q = rank + (of_A ? rank_in_order(half, g) : 4 * t);
-    const int count = of_A ? (q < ranks ? clamp_to_four(end - p) : 0)
-                           : (p < end ? clamp_to_four(ranks - q) : 0);
+    const int count =
+        of_A ? (q < ranks ? clamp_to_four(end - p) : 0) : (p < end ? clamp_to_four(ranks - q) : 0);
     std::uint32_t four[2];
     load_packed<4>(data + (of_A ? q * rows.stride + p : p * rows.stride + q), count, rows.aligned,
                    four);

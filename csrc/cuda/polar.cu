@@ -16,8 +16,7 @@ __global__ void __launch_bounds__(threads, 1) polar(const Polar batch) {
   if (index >= batch.count) return;
   const Partials<T> M{static_cast<const T*>(batch.M) + index * size, 0, 1, int(batch.rows),
                       int(batch.n)};
-  const Wanted<T> wanted{T(1), batch.proper != 0, T(1),
-                         static_cast<T*>(batch.out) + index * size};
+  const Wanted<T> wanted{T(1), batch.proper != 0, T(1), static_cast<T*>(batch.out) + index * size};
   const Pool pool{batch.workspaces, batch.taken, int(batch.slots), workspace_elements(batch.n)};
   if constexpr (Rank > warp_threads)
     rotate_by_block(M, wanted, static_cast<double*>(shared_memory()), pool);

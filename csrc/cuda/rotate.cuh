@@ -1,6 +1,7 @@
 // The r x r stage of one client and layer: its partial cross-covariances to the rotation that is
-// applied. Up to rank 32 a warp does it in registers; what is rare there (a reflection to be undone,
-// a deficient M) and larger ranks go through math/rotation.h in a workspace in global memory.
+// applied. Up to rank 32 a warp does it in registers; what is rare there (a reflection to be
+// undone, a deficient M) and larger ranks go through math/rotation.h in a workspace in global
+// memory.
 #pragma once
 
 #include "../math/rotation.h"
@@ -112,9 +113,8 @@ __device__ __noinline__ void rotate_by_warp(Partials<T> M, Wanted<T> wanted, T* 
                                             Pool pool) {
   const Warp g;
   const int n = M.n, row = lane_index() % W;
-  g.each(W, W, [=](int i, int j) {
-    scratch[i * (W + 1) + j] = i < n && j < n ? M(i, j) : T(i == j);
-  });
+  g.each(W, W,
+         [=](int i, int j) { scratch[i * (W + 1) + j] = i < n && j < n ? M(i, j) : T(i == j); });
   g.sync();
   T x[W], poison = 0;
 #pragma unroll

@@ -16,12 +16,13 @@ constexpr int block_warps = block_threads / warp_threads;
 // Blocks that a multiprocessor must be able to hold, which bounds the registers of a thread: for
 // small ranks many with few, else the tiles decide.
 template <int Rank, class Acc>
-constexpr int resident_blocks = sizeof(Acc) == sizeof(double) ? 1 : Rank <= 4 ? 4 : 3;
+constexpr int resident_blocks = sizeof(Acc) == sizeof(double) ? 1
+                                : Rank <= 4                   ? 4
+                                                              : 3;
 
 // 16-bit clients of some rank are for the matrix units; what the reference is decides about M.
 template <int Rank, class Client>
-constexpr bool by_mma =
-    Rank >= 16 && (std::is_same_v<Client, BF16> || std::is_same_v<Client, F16>);
+constexpr bool by_mma = Rank >= 16 && (std::is_same_v<Client, BF16> || std::is_same_v<Client, F16>);
 
 // weights[client] / sum of all; NaN where they are not weights. By a whole group.
 template <class G>
@@ -35,22 +36,20 @@ __device__ __forceinline__ double normalised_weight(const G& g, const Call& call
   const double largest = weights[g.argmax(0, count, [=](int i) { return weights[i]; })];
   if (bad || !(largest > 0)) return NAN;
   // Divided by the largest first: the sum of finite weights may overflow.
-  const double total =
-      g.template sum<double>(count, [=](int i) { return weights[i] / largest; });
+  const double total = g.template sum<double>(count, [=](int i) { return weights[i] / largest; });
   return weights[client] / largest / total;
 }
 
 // The partial sums of one layer and client are complete.
 template <int Rank, class Acc, class G>
 __device__ __forceinline__ void rotate(const G& g, const Call& call, const device::LayerRow& layer,
-                                       const device::Unit& first_unit,
-                                       const device::ClientRow& row, Integer client, Acc* scratch) {
+                                       const device::Unit& first_unit, const device::ClientRow& row,
+                                       Integer client, Acc* scratch) {
   const int n = int(layer.r), rank = int(row.rank);
   const Integer square = layer.r * layer.r;
   const Partials<Acc> M{static_cast<const Acc*>(call.partials) + first_unit.slot + client * square,
                         call.clients * square, int(layer.units), rank, n};
-  const Wanted<Acc> wanted{Acc(call.lam), call.proper != 0,
-                           Acc(normalised_weight(g, call, client)),
+  const Wanted<Acc> wanted{Acc(call.lam), call.proper != 0, Acc(normalised_weight(g, call, client)),
                            reinterpret_cast<Acc*>(row.R)};
   const Pool pool{call.workspaces, call.taken, int(call.slots),
                   workspace_elements(call.largest_rank)};
@@ -71,7 +70,7 @@ __device__ __forceinline__ void partial_covariance(const Rows<Client>& client,
       return covariance_mma<Height, Width>(client, same, side, unit.begin, unit.end, row, column,
                                            rank, r, partial);
     }
-    covariance<Height, Width < 16 ? Width : 16>(client, ref, side, unit.begin, unit.end, row,
+    covariance < Height, Width<16 ? Width : 16>(client, ref, side, unit.begin, unit.end, row,
                                                 column, rank, r, partial);
     if constexpr (Width > 16)
       covariance<Height, 16>(client, ref, side, unit.begin, unit.end, row, column + 16, rank, r,
@@ -168,7 +167,8 @@ const char* launch_step(const Call& call, const device::Launch& range, cudaStrea
                 rotation > average ? rotation : average, stream, call, range, covariance_blocks);
 }
 
-// The launch for the largest rank of the call; a layer of a smaller one leaves part of a tile empty.
+// The launch for the largest rank of the call; a layer of a smaller one leaves part of a tile
+// empty.
 template <class Client, class Acc>
 const char* step_of(const Call& call, const device::Launch& range, cudaStream_t stream) {
   if (call.largest_rank <= 4) return launch_step<4, Client, Acc>(call, range, stream);

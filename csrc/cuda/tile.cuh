@@ -1,6 +1,6 @@
 // A thread's share of a factor: some ranks at four positions, in registers. Positions are columns
-// of A and rows of B; of A a thread takes four consecutive ones, of B four that are `step` apart, so
-// that a warp reads memory in order either way.
+// of A and rows of B; of A a thread takes four consecutive ones, of B four that are `step` apart,
+// so that a warp reads memory in order either way.
 #pragma once
 
 #include "../device.h"
@@ -14,8 +14,8 @@ __device__ __forceinline__ int clamp_to_four(Integer count) {
   return count < 0 ? 0 : count < 4 ? int(count) : 4;
 }
 
-// x[q][v] = rank `rank` + q at the v-th position from `position` on; zero from `ranks` and `end` on.
-// Full: no zero is needed and the rows are aligned.
+// x[q][v] = rank `rank` + q at the v-th position from `position` on; zero from `ranks` and `end`
+// on. Full: no zero is needed and the rows are aligned.
 template <bool Full, int T, class Element, class Acc>
 __device__ __forceinline__ void load_tile(const Rows<Element>& rows, Side side, Integer position,
                                           Integer step, Integer end, int rank, int ranks,

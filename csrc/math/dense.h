@@ -37,8 +37,8 @@ FEDROT_HD void identity(const G& g, int n, T* X) {
 
 // C (rows, cols) = A (rows, inner) B (inner, cols); ld* are row strides.
 template <class T, class G>
-FEDROT_HD_LARGE void multiply(const G& g, int rows, int inner, int cols, const T* A, int lda, const T* B,
-                        int ldb, T* C, int ldc) {
+FEDROT_HD_LARGE void multiply(const G& g, int rows, int inner, int cols, const T* A, int lda,
+                              const T* B, int ldb, T* C, int ldc) {
   g.each(rows, cols, [=](int i, int j) { C[i * ldc + j] = 0; });
   g.sync();
   for (int p = 0; p < inner; ++p) {

@@ -66,7 +66,7 @@ FEDROT_HD T largest_column(const G& g, int n, const T* X, T* squares) {
 // integers.
 template <class T, class G>
 FEDROT_HD_LARGE int newton_polar(const G& g, int n, T* X, T scale, T tolerance, T* inverse, T* work,
-                           int* pivots) {
+                                 int* pivots) {
   constexpr int max_steps = 40;  // never reached: 9 steps take condition 1e16 to the unit circle
   const int count = n * n;
   if (!(scale > 0)) scale = largest_column(g, n, X, work);

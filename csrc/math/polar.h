@@ -110,8 +110,8 @@ FEDROT_HD_LARGE void reflect_columns(const G& g, int m, int n, T* X, int ld, con
 // below tolerance times `scale` (times the largest column where scale is 0) count as zero.
 // Returns the rank; sign is multiplied by det U det V. order: m integers, v: m, Y: m * m.
 template <class T, class G>
-FEDROT_HD_LARGE int orthogonal_decomposition(const G& g, int m, T* X, T scale, T tolerance, T* U, T* V,
-                                       T* Y, T* v, int* order, int& sign) {
+FEDROT_HD_LARGE int orthogonal_decomposition(const G& g, int m, T* X, T scale, T tolerance, T* U,
+                                             T* V, T* Y, T* v, int* order, int& sign) {
   identity(g, m, U);
   identity(g, m, V);
   g.each(m, [=](int j) { order[j] = j; });
@@ -174,7 +174,8 @@ FEDROT_HD void normalize(const G& g, int count, T* X) {
 //   scale      what `tolerance` is relative to; 0: X itself
 //   work       workspace_size(n) elements; pivots: n integers
 template <class T, class G>
-FEDROT_HD_LARGE void polar(const G& g, int n, T* X, int det, T scale, T tolerance, T* work, int* pivots) {
+FEDROT_HD_LARGE void polar(const G& g, int n, T* X, int det, T scale, T tolerance, T* work,
+                           int* pivots) {
   const int count = n * n;
   T *M = work, *inverse = M + count, *Q = inverse + count, *U = Q + count, *V = U + count,
     *left = V + count, *right = left + count, *total = right + count, *P = total + count,

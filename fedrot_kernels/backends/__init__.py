@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import warnings
@@ -47,12 +48,12 @@ def register() -> None:
 
         cuda.register()
         chosen["cuda"] = "cuda"
-    elif forced == "triton" or (torch.backends.cuda.is_built() and _installed("triton", "")):
+    elif forced == "triton" or (torch.backends.cuda.is_built() and _triton_is_new_enough()):
         _register_triton("cuda")
     elif torch.backends.cuda.is_built():
         warnings.warn(
             "fedrot has no kernels for GPU tensors here: they run the float64 reference on the "
-            "CPU. pip install triton, or install fedrot where nvcc is found",
+            "CPU. pip install 'triton>=3.5', or install fedrot where nvcc is found",
             stacklevel=2,
         )
 
@@ -64,5 +65,14 @@ def _register_triton(device_type: str) -> None:
     chosen[device_type] = "triton"
 
 
-def _installed(module: str, package: str = "fedrot_kernels") -> bool:
-    return importlib.util.find_spec(f"{package}.{module}" if package else module) is not None
+def _triton_is_new_enough() -> bool:
+    """Triton 3.4 does not compile all of the kernels."""
+    try:
+        major, minor = importlib.metadata.version("triton").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (3, 5)
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(f"fedrot_kernels.{module}") is not None

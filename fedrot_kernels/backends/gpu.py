@@ -20,6 +20,7 @@ class Layout:
 
     Attributes:
         table: int64, on the device; ``sections`` holds the offsets of its parts.
+        host: the same on the host, as it was made.
         launches: ``(covariance_begin, covariance_end, apply_begin, apply_end)``, ranges of units.
         partials: workspace for the partial cross-covariances, in ``dtype``.
         counters: int32 ``(clients * layers,)``, zero; a kernel that counts leaves them zero.
@@ -62,7 +63,8 @@ class Layout:
         else:
             addresses = [R.data_ptr() for R in rotations]
 
-        host = torch.empty(call.sections.size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda"
+        self.host = host = torch.empty(call.sections.size, dtype=torch.int64, pin_memory=pinned)
         A, B = out or ([], [])
         call.pack(tables, self._bases(), addresses, outputs(A, B), host.data_ptr())
         self.table = host.to(device, non_blocking=True)

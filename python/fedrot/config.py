@@ -1,6 +1,6 @@
 """The configuration of a run, and the named settings.
 
-Later sources win: defaults, the setting, the YAML file, the overrides.
+Later sources win: defaults, the task's preset, the setting, the YAML file, the overrides.
 """
 
 from __future__ import annotations
@@ -11,16 +11,50 @@ from typing import Any
 
 from fedrot.errors import FedrotError
 from fedrot.methods import METHODS, FedRot, Method
+from fedrot.optimizers import ServerOptimizer
 from fedrot.options import Tree, build, merge, option, pick, to_tree
 from fedrot.tasks import TASKS, Digits, Task
 
 
 @dataclass(frozen=True)
 class Clients:
-    """Who takes part. ``alpha``: Dirichlet concentration of the label split, small is uneven."""
+    """Who takes part, and with which of the training examples.
+
+    ``alpha``: concentration of the ``dirichlet`` partition of every label, small is uneven.
+    ``labels``: how many different ones each client has in the ``labels`` partition. ``column``:
+    whose values are the clients in the ``column`` partition.
+    ``participation``: who of them trains in a round, drawn anew every round: a fraction up to 1,
+    or a whole number of clients from 2 on. ``weights``: what a client counts in the average.
+    ``ranks``: the clients' own ranks in turn, none above ``lora.r``, which all have for ``null``;
+    the scaling is that of ``lora.r`` for all.
+    """
 
     count: int = option(10, at_least=1)
+    partition: str = option("dirichlet", choices=("dirichlet", "iid", "labels", "column"))
     alpha: float = option(0.5, above=0)
+    labels: int = option(1, at_least=1)
+    column: str | None = option(None)
+    participation: float = option(1.0, above=0)
+    weights: str = option("uniform", choices=("uniform", "samples"))
+    ranks: tuple[int, ...] | None = option(None, at_least=1)
+
+    def __post_init__(self) -> None:
+        if self.participation > 1 and self.participation not in range(2, self.count + 1):
+            raise FedrotError(
+                "clients.participation must be a fraction up to 1, or a whole number from 2 to "
+                f"clients.count={self.count}, got {self.participation:g}"
+            )
+
+    @property
+    def per_round(self) -> int:
+        """How many clients train in a round."""
+        if self.participation > 1:
+            return int(self.participation)
+        return max(1, round(self.participation * self.count))
+
+    def rank(self, client: int) -> int | None:
+        """The client's own rank; ``None`` is the global one."""
+        return self.ranks[client % len(self.ranks)] if self.ranks else None
 
 
 @dataclass(frozen=True)
@@ -36,6 +70,7 @@ class Local:
     """Local training in one round: ``steps`` mini-batches drawn with replacement, or ``epochs``
     over the client's examples instead.
 
+    ``head``: the base model's head, as transformers counts it, is trained and averaged too.
     ``prox``: weight of FedProx's ``prox / 2 |theta - start|^2`` (arXiv 1812.06127). ``lr_ratio``:
     learning rate of ``B`` over that of ``A`` (LoRA+, arXiv 2402.12354). ``clip``: largest norm of
     a client's gradient. ``together``: how many clients go through the model at a time, ``null``
@@ -47,6 +82,7 @@ class Local:
     steps: int = option(20, at_least=1)
     epochs: int | None = option(None, at_least=1)
     batch_size: int = option(16, at_least=1)
+    head: bool = option(False)
     momentum: float = option(0.0, at_least=0, below=1)
     weight_decay: float = option(0.0, at_least=0)
     prox: float = option(0.0, at_least=0)
@@ -82,10 +118,31 @@ class Config:
     local: Local = field(default_factory=Local)
     task: Task = field(default_factory=Digits, metadata={"kinds": TASKS})
     method: Method = field(default_factory=FedRot, metadata={"kinds": METHODS})
+    server: ServerOptimizer = field(default_factory=ServerOptimizer)
 
     def __post_init__(self) -> None:
-        if self.start == "own" and self.rounds != 1:
+        method, server, own = self.method, self.server, self.start == "own"
+        if own and self.rounds != 1:
             raise FedrotError(f"start=own merges once, so rounds must be 1, got {self.rounds}")
+        if own and method.personal:
+            raise FedrotError(f"{method.name} leaves B with the clients: start=own merges nothing")
+        if method.same_A and (own or self.regauge):
+            key = "start=own" if own else "regauge"
+            raise FedrotError(f"{method.name} has one A for all clients, {key} gives each its own")
+        if own and not server.plain:
+            raise FedrotError(
+                f"server.optimizer={server.optimizer}, lr {server.rate:g} steps from the global "
+                "factors, and start=own has none"
+            )
+        if not method.steady_basis and not server.plain:
+            raise FedrotError(
+                f"{method.name} cannot go with server.optimizer={server.optimizer}, lr "
+                f"{server.rate:g}: its factors change basis, or belong to what was folded into the "
+                "frozen weights, every round; only fedavg with lr 1 leaves them as they are"
+            )
+        if self.clients.ranks and max(self.clients.ranks) > self.lora.r:
+            largest = max(self.clients.ranks)
+            raise FedrotError(f"clients.ranks must not exceed lora.r={self.lora.r}, got {largest}")
 
     @property
     def synthetic(self) -> bool:
@@ -138,8 +195,15 @@ def load(*sources: Tree) -> Config:
     given = merge(*sources)
     name = given.get("setting", "rounds")
     preset = pick(SETTINGS, name, "setting").options
+    task = _task_preset(given.get("task"))
     preset = {**preset, "method": _fitting(preset["method"], given.get("method"))}
-    return build(Config, merge({"setting": name}, preset, given))
+    return build(Config, merge({"setting": name}, task, preset, given))
+
+
+def _task_preset(task: Any) -> Tree:
+    name = task.get("name", "digits") if isinstance(task, dict) else "digits"
+    kind = TASKS.get(name) if isinstance(name, str) else None
+    return kind.preset if kind else {}  # an unknown name is refused by `build`
 
 
 def _fitting(options: Tree, method: Any) -> Tree:

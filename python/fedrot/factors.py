@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -40,4 +41,22 @@ def client_major(clients: Sequence[Factors]) -> tuple[list[Tensor], list[Tensor]
     return (
         list(chain.from_iterable(c.A.values() for c in clients)),
         list(chain.from_iterable(c.B.values() for c in clients)),
+    )
+
+
+def truncate(factors: Factors, rank: int | None) -> Factors:
+    """The first ``rank`` rows of every ``A`` and columns of every ``B``; all for ``None``."""
+    if rank is None:
+        return factors
+    return Factors(
+        {module: A[:rank] for module, A in factors.A.items()},
+        {module: B[:, :rank] for module, B in factors.B.items()},
+    )
+
+
+def padded(factors: Factors, rank: int) -> Factors:
+    """Zero rows of ``A`` and columns of ``B`` up to ``rank``: the product stays."""
+    return Factors(
+        {module: pad(A, (0, 0, 0, rank - A.shape[0])) for module, A in factors.A.items()},
+        {module: pad(B, (0, rank - B.shape[1])) for module, B in factors.B.items()},
     )

@@ -1,4 +1,4 @@
-"""What one round did to its uploads, measured in r-space: no ``d x k`` matrix is ever formed."""
+"""What one round did to its uploads, measured in r-space."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from fedrot.factors import Factors, client_major
 
 
 def aggregation_error(
-    uploads: Sequence[Factors], aggregate: Factors, weights: Tensor | None = None
+    uploads: Sequence[Factors],
+    aggregate: Factors,
+    weights: Tensor | None = None,
+    folded: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """``||sum_i w_i B_i A_i - B A||_F`` of each layer, in float64.
 
-    With the factors side by side, ``left = [w_1 B_1 .. w_N B_N, -B]`` and
-    ``right = [A_1; ..; A_N; A]``, the squared norm is ``<left^T left, right right^T>``.
+    ``folded``: what the server added to the frozen weights besides, ``(d, k)`` by layer; it is
+    subtracted as well. Without it no ``d x k`` matrix is formed: with the factors side by side,
+    ``left = [w_1 B_1 .. w_N B_N, -B]`` and ``right = [A_1; ..; A_N; A]``, the squared norm is
+    ``<left^T left, right right^T>``.
     """
     n = len(uploads)
     w = torch.ones(n) if weights is None else weights
@@ -30,6 +35,9 @@ def aggregation_error(
             [w[i] * u.B[name].double() for i, u in enumerate(uploads)] + [-B.double()], 1
         )
         right = torch.cat([u.A[name].double() for u in uploads] + [aggregate.A[name].double()])
+        if folded:
+            errors[name] = float(torch.linalg.matrix_norm(left @ right - folded[name].double()))
+            continue
         # QR first: the difference of Gram blocks alone would lose half of the digits.
         R_left = torch.linalg.qr(left, mode="r").R
         R_right = torch.linalg.qr(right.T, mode="r").R

@@ -131,7 +131,7 @@ def to_tree(config: Any) -> Tree:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if not dataclasses.is_dataclass(value):
-            tree[f.name] = value
+            tree[f.name] = list(value) if isinstance(value, tuple) else value
         elif kinds := f.metadata.get("kinds"):
             tree[f.name] = {"name": name_of(value, kinds), **to_tree(value)}
         else:
@@ -196,6 +196,12 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
         if value is None:
             return None
         (hint,) = (t for t in typing.get_args(hint) if t is not types.NoneType)
+    if typing.get_origin(hint) is tuple:  # `tuple[int, ...]`, a YAML list
+        if not isinstance(value, list | tuple) or not value:
+            raise FedrotError(f"{key} must be a list such as [1, 2], got {value!r}")
+        return tuple(
+            _typed(f"{key}[{i}]", v, typing.get_args(hint)[0]) for i, v in enumerate(value)
+        )
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML reads 1e-2 as text, and 3 as an integer
@@ -210,6 +216,8 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
 def _ranged(key: str, value: Any, rule: Mapping[str, Any]) -> Any:
     if value is None:
         return value
+    if isinstance(value, tuple):
+        return tuple(_ranged(f"{key}[{i}]", v, rule) for i, v in enumerate(value))
     if rule.get("choices") and value not in rule["choices"]:
         raise FedrotError(f"{key} must be one of {', '.join(rule['choices'])}, got {value!r}")
     for word, holds in (

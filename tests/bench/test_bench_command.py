@@ -48,7 +48,8 @@ def test_full(tmp_path):
     row = result["cases"][0]
     assert row["bytes"] == 4 * TINY[0].elements
     assert row["floor"] == max(row["bytes"] / row["bandwidth"], row["flops"] / row["sgemm"])
-    assert set(row["times"]) == {"fedrot", "loop", "stacked", "per_layer", "mean", "foreach_mean"}
+    forms = {"fedrot", "plan", "loop", "stacked", "per_layer", "mean", "foreach_mean"}
+    assert set(row["times"]) == forms
     assert all(0 < t["q25"] <= t["median"] <= t["q75"] for t in row["times"].values())
     assert [r["threads"] for r in result["threads"]] == [1, 2, 1, 2]
     assert [r["rank"] for r in result["polar"]] == [2, 3]
@@ -101,7 +102,14 @@ def test_readme_shows_the_results():
 
 
 def test_readme_table():
-    times = {"fedrot": 2.0, "loop": 100.0, "stacked": 24.0, "per_layer": 26.0, "mean": 3.0}
+    times = {
+        "fedrot": 2.0,
+        "plan": 1.76,
+        "loop": 100.0,
+        "stacked": 24.0,
+        "per_layer": 26.0,
+        "mean": 3.0,
+    }
     row = {
         "case": "some",
         "dtype": "float32",
@@ -113,4 +121,4 @@ def test_readme_table():
     result = {"machine": {**machine, "torch": "9"}, "cases": [row, {**row, "align": "joint"}]}
     lines = readme.block([result]).splitlines()
     assert lines[0] == "C, avx2, 2 threads, float32, align A (2026-01-02, torch 9):"
-    assert lines[4:] == ["| some | 50x | 12x | 1.5x |  | 1.25 |"]
+    assert lines[4:] == ["| some | 50x | 12x | 1.5x |  | 1.25 | 1.10 |"]

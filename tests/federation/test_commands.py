@@ -191,6 +191,18 @@ def test_the_line_that_compare_prints_gives_the_same_adapter(tmp_path):
     assert all(bool((ours[k] == theirs[k]).all()) for k in ours)
 
 
+def test_no_such_line_for_a_method_that_aggregate_does_not_have(tmp_path):
+    out = tmp_path / "c"
+    args = ["compare", "--methods", "fedex,hetlora:norm_weights=false", "--settings", "one-shot"]
+    result = run(*args, "--seeds", "1", "--out", out, *TINY)
+    assert result.exit_code == 0, result.output
+    assert "fedrot aggregate" not in result.stdout
+    assert (out / "one-shot" / "fedex" / "seed-0" / "merged.safetensors").is_file()
+    wrong = run("compare", "--methods", "fedit,ffa", "--out", tmp_path / "d", *TINY)
+    assert wrong.exit_code == 1 and not (tmp_path / "d").exists()
+    assert "FFA-LoRA has one A for all clients, regauge gives each its own" in wrong.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -8,9 +8,10 @@ from small import SMALL
 
 from fedrot.config import load
 from fedrot.factors import Factors
+from fedrot.gauge import haar, regauge
+from fedrot.methods import Server
 from fedrot.options import merge, parse_overrides
 from fedrot.simulation.adapter import draw_factors, get_factors, parameter_names, set_factors
-from fedrot.simulation.gauge import haar, regauge
 from fedrot.simulation.local import NO_EXAMPLE, GroupedLinear, draw_batches, train_clients
 from fedrot.simulation.rounds import prepare, train_round
 from fedrot.simulation.seeding import generator
@@ -167,7 +168,7 @@ def test_frozen_parameters_and_inputs_stay(federation):
     before = {n: p.clone() for n, p in federation.model.named_parameters()}
     start = draw_factors(federation.model, generator(1, "start", 0))
     copies = {n: t.clone() for n, t in start.A.items()}
-    train_round(federation, 0, start)
+    train_round(federation, Server(start))
     after = dict(federation.model.named_parameters())
     assert list(after) == list(before)
     assert all(torch.equal(before[n], p) for n, p in after.items())
@@ -212,8 +213,8 @@ def test_haar_is_orthogonal_with_both_determinants():
 def test_regauge_keeps_the_products(federation):
     options = merge(parse_overrides(SMALL), {"setting": "regauge"})
     start = draw_factors(federation.model, generator(0, "start", 0))
-    plain = train_round(federation, 0, start).factors
-    own = train_round(prepare(load(options)), 0, start).factors
+    plain = train_round(federation, Server(start)).factors
+    own = train_round(prepare(load(options)), Server(start)).factors
     for a, b in zip(plain, own, strict=True):
         for name in a.A:
             product = a.B[name] @ a.A[name]

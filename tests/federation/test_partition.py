@@ -1,14 +1,18 @@
-"""The Dirichlet split: a partition, never an empty client, the same for the same seed."""
+"""Every split is a partition without empty clients, the same for the same seed."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedrot.config import Clients
 from fedrot.errors import FedrotError
-from fedrot.tasks.partition import dirichlet
+from fedrot.tasks import TaskData
+from fedrot.tasks.partition import dirichlet, split
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,3 +53,75 @@ def test_alpha_sets_how_uneven_clients_are():
 def test_more_clients_than_examples():
     with pytest.raises(FedrotError, match=r"clients\.count is 4, but there are 3 examples"):
         dirichlet(torch.tensor([0, 1, 1]), 4, 0.5, 0)
+
+
+def data_of(labels, **columns):
+    return TaskData(Path("nowhere"), {}, {}, labels, {}, columns)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 60), kinds=st.integers(1, 6), count=st.integers(1, 9), seed=st.integers(0, 99)
+)
+def test_every_partition_is_one(n, kinds, count, seed):
+    labels = torch.arange(kinds * n) % kinds
+    data = data_of(labels, user=torch.arange(kinds * n) % min(count, kinds * n))
+    each = max(1, -(-kinds // count))
+    for kind in ("iid", "dirichlet", "labels", "column"):
+        clients = Clients(count=count, partition=kind, labels=each, column="user")
+        if count > len(labels) or (kind == "labels" and count * each > n * kinds):
+            continue
+        try:
+            parts = split(data, clients, seed)
+        except FedrotError as error:
+            assert "examples for" in str(error) and kind == "labels"
+            continue
+        assert len(parts) == count and all(len(part) for part in parts)
+        assert sorted(torch.cat(parts).tolist()) == list(range(len(labels)))
+        assert all(torch.equal(part, part.sort().values) for part in parts)
+        again = split(data, clients, seed)
+        assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def test_iid_is_even_and_random():
+    data, clients = data_of(torch.arange(1003) % 2), Clients(count=10, partition="iid")
+    parts = split(data, clients, 0)
+    assert {len(part) for part in parts} == {100, 101}
+    assert not torch.equal(parts[0], split(data, clients, 1)[0])
+    assert all(0.3 < float(data.labels[part].double().mean()) < 0.7 for part in parts)
+
+
+@pytest.mark.parametrize("each", [1, 2, 3])
+def test_label_sets(each):
+    labels = torch.arange(600) % 6
+    parts = split(data_of(labels), Clients(count=8, partition="labels", labels=each), 0)
+    sets = [labels[part].unique().tolist() for part in parts]
+    assert [len(s) for s in sets] == [each] * 8
+    holders = [sum(label in s for s in sets) for label in range(6)]
+    assert max(holders) - min(holders) <= 1
+    if each == 1:  # two of the six labels have two clients, with half of the examples each
+        assert sorted(len(part) for part in parts) == [50, 50, 50, 50, 100, 100, 100, 100]
+
+
+def test_one_client_per_value_of_a_column():
+    user = torch.tensor([7, 3, 7, 9, 3])
+    data = data_of(torch.zeros(5, dtype=torch.long), user=user)
+    parts = split(data, Clients(count=3, partition="column", column="user"), 0)
+    assert [part.tolist() for part in parts] == [[1, 4], [0, 2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("clients", "message"),
+    [
+        (Clients(count=6), "clients.count is 6, but there are 5 examples"),
+        (Clients(count=2, partition="column"), r"column of the task \(user\), got None"),
+        (Clients(count=2, partition="column", column="user"), "has 3 values, one client each"),
+        (Clients(count=2, partition="labels", labels=9), "clients.labels is 9, but there are 5"),
+        (Clients(count=2, partition="labels", labels=2), "2 clients need at least 3 each"),
+        (Clients(count=5, partition="labels", labels=2), "has 1 examples for 2 clients"),
+    ],
+)
+def test_what_a_partition_refuses(clients, message):
+    data = data_of(torch.arange(5), user=torch.tensor([7, 3, 7, 9, 3]))
+    with pytest.raises(FedrotError, match=message):
+        split(data, clients, 0)

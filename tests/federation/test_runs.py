@@ -14,11 +14,10 @@ from small import SMALL, SMALL_ONE_SHOT
 
 from fedrot.config import load
 from fedrot.errors import FedrotError
-from fedrot.methods import FedRot
+from fedrot.methods import FedRot, Server
 from fedrot.options import merge, parse_overrides
 from fedrot.simulation import checkpoint, rounds
 from fedrot.simulation.adapter import draw_factors, load_adapter
-from fedrot.simulation.checkpoint import Checkpoint
 from fedrot.simulation.rounds import federate, prepare, train_round
 from fedrot.simulation.run_dir import RunDir, open_run
 from fedrot.simulation.seeding import generator
@@ -49,7 +48,7 @@ def test_fedit_is_the_mean_of_the_uploads(tmp_path):
     federate(config, tmp_path / "run")
     federation = prepare(config)
     start = draw_factors(federation.model, generator(0, "start", 0))
-    uploads = train_round(federation, 0, start).factors
+    uploads = train_round(federation, Server(start)).factors
     merged = load_adapter(federation.model, tmp_path / "run" / "adapter")
     for name in start.A:
         mean_A = torch.stack([u.A[name] for u in uploads]).mean(0)
@@ -100,7 +99,7 @@ def test_adapter_loads_in_peft_and_gives_the_reported_accuracy(tmp_path):
     assert base == str(data.base)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        model = PeftModel.from_pretrained(config.task.load_model(data.base), folder).eval()
+        model = PeftModel.from_pretrained(config.task.load_model(data), folder).eval()
     found = config.task.evaluate(model, data.test)
     assert found["accuracy"] == summary["accuracy"]
     assert found["loss"] == pytest.approx(summary["loss"], abs=1e-6)
@@ -179,7 +178,7 @@ def test_checkpoint_round_trip_and_corruption(tmp_path):
     federation = prepare(small())
     factors = draw_factors(federation.model, generator(0, "start", 0))
     file = tmp_path / "checkpoint.safetensors"
-    checkpoint.save(file, Checkpoint(7, factors))
+    checkpoint.save(file, Server(factors, 7))
     state = checkpoint.load(file)
     assert state.rounds == 7
     assert equal(state.factors.A, factors.A) and equal(state.factors.B, factors.B)

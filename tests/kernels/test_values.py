@@ -297,6 +297,7 @@ def test_half_precision_keeps_the_product():
     assert float(error / torch.linalg.matrix_norm(product)) < 1e-12
 
 
+@pytest.mark.skipif("FEDROT_CPU" in os.environ, reason="the environment limits them")
 @pytest.mark.parametrize("level", ["sse2", "avx2", "avx512"])
 def test_every_instruction_set(level):
     """The paths below the machine's own, each in a process of its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,7 +45,9 @@ def kind(machine: dict[str, Any]) -> str:
     if machine["device"] == "cuda":
         return "cuda-" + "-".join(machine["gpu"].lower().split())
     arch = machine["system"].split()[-1]
-    return f"cpu-{arch}-{machine['instruction_set']}-{machine['threads']}threads"
+    plain = re.sub(r"\(.*?\)|\b(processor|cpu)\b|@.*", " ", machine["cpu"].lower())
+    model = "-".join(re.findall(r"[a-z0-9]+", plain))
+    return f"cpu-{arch}-{model}-{machine['instruction_set']}-{machine['threads']}threads"
 
 
 def cold_bytes(device: str) -> int:

@@ -122,6 +122,9 @@ def _against_baselines(bench: Bench, case: Case, inputs: Sequence[Factors], comp
     for name, function in operator_forms(case, compile).items():
         verify = verifier(case, inputs[0], name)
         forms.append(Form(name, function, inputs, bench.threads, verify))
+    plans = [(fedrot_kernels.Plan(*given, **case.options),) for given in inputs]
+    verify = verifier(case, inputs[0], "plan")
+    forms.append(Form("plan", fedrot_kernels.Plan.__call__, plans, bench.threads, verify))
     timings = bench.measure(forms)
     return _row(case, timings, bench.limits.rates(timings, bench.threads))
 

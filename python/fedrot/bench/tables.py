@@ -17,7 +17,7 @@ BASELINES = {
 }
 FLOOR = (
     "floor: max(bytes / read bandwidth, flops / sgemm rate), both measured in turns with the rest; "
-    "GB/s counts every client factor once."
+    "GB/s counts every client factor once. Plan: checked and outputs allocated beforehand."
 )
 FORMS = (
     "loop: the paper's, by layer and client, two SVDs; stacked, per layer: batched forms; "
@@ -38,6 +38,12 @@ def ratio(row: Row, form: str) -> float | None:
 def bound(row: Row) -> str:
     """What the floor consists of: ``memory`` or ``arithmetic``."""
     return "memory" if row["floor"] > row["flops"] / row["sgemm"] else "arithmetic"
+
+
+def of_floor(row: Row, form: str) -> str:
+    """How many times the floor a form takes; empty where it was not run."""
+    timing = row["times"].get(form)
+    return f"{timing['median'] / row['floor']:.2f}" if timing else ""
 
 
 def times(value: float | None) -> str:
@@ -93,10 +99,11 @@ def operator_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 _ms(row["floor"]),
                 bound(row),
                 f"{seconds / row['floor']:.2f}",
+                of_floor(row, "plan"),
             ]
         )
-    header = ["case", "dtype", "align", "ms", "GB/s", "GFLOP/s", "floor ms", "bound by", "x floor"]
-    return header, lines
+    header = ["case", "dtype", "align", "ms", "GB/s", "GFLOP/s", "floor ms", "bound by"]
+    return [*header, "x floor", "Plan x floor"], lines
 
 
 def baseline_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -9,6 +9,7 @@ from fedrot.cli.aggregate import aggregate
 from fedrot.cli.bench import bench
 from fedrot.cli.compare import compare
 from fedrot.cli.inspect import inspect
+from fedrot.cli.sweep import sweep
 from fedrot.cli.train import train
 
 app = typer.Typer(
@@ -35,7 +36,7 @@ def _options(
     pass
 
 
-for _command in (aggregate, inspect, train, compare, bench):
+for _command in (aggregate, inspect, train, compare, sweep, bench):
     app.command()(_command)
 
 

@@ -28,7 +28,9 @@ def compare(
     settings: Annotated[str, typer.Option(help="Comma-separated.")] = "rounds,regauge,one-shot",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
-    task: Annotated[str | None, typer.Option(help="digits (default).")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="digits (default), strings, text, sst2, ...")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/compare"),
     resume: Annotated[bool, typer.Option("--resume", help="Keep the runs already there.")] = False,

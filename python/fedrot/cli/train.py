@@ -22,11 +22,15 @@ def train(
             metavar="[KEY=VALUE]...", help="Options, as in local.lr=0.1.", show_default=False
         ),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="fedit or fedrot (default).")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="fedrot (default), fedit, flexlora, ...: docs/methods.md.")
+    ] = None,
     setting: Annotated[
         str | None, typer.Option(help="rounds (default), regauge or one-shot.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="digits (default).")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="digits (default), strings, text, sst2, ...")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="0 by default.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options.")] = None,
     name: Annotated[
@@ -66,5 +70,12 @@ def _print_result(run: Path, config: Tree, summary: dict[str, Any]) -> None:
     )
     if "client_accuracy" in summary:
         typer.echo(f"one client alone, mean: {summary['client_accuracy']:.3f}")
+    if "accuracy_averaged" in summary:
+        typer.echo(
+            "accuracy: mean over the clients' own models; "
+            f"of the averaged adapter {summary['accuracy_averaged']:.3f}"
+        )
     typer.echo(f"adapter  {run / 'adapter'}")
+    if (merged := run / "merged.safetensors").is_file():
+        typer.echo(f"merged   {merged}, to be added to the frozen weights")
     typer.echo(f"report   {run / 'report.html'}")

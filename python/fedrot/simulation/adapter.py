@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedrot.config import Lora
-from fedrot.factors import Factors
+from fedrot.factors import Factors, padded
 from fedrot.files import new_folder
 
 ADAPTER = "default"
@@ -51,10 +54,12 @@ def draw_factors(model: PeftModel, generator: torch.Generator) -> Factors:
 
 @torch.no_grad()
 def set_factors(model: PeftModel, factors: Factors) -> PeftModel:
-    """The model with these factors in its adapter (changed in place)."""
+    """The model with these factors in its adapter (changed in place), padded to its rank."""
     for module, (name_A, name_B) in parameter_names(model).items():
-        model.get_parameter(name_A).copy_(factors.A[module])
-        model.get_parameter(name_B).copy_(factors.B[module])
+        parameter = model.get_parameter(name_A)
+        whole = padded(Factors({"": factors.A[module]}, {"": factors.B[module]}), len(parameter))
+        parameter.copy_(whole.A[""])
+        model.get_parameter(name_B).copy_(whole.B[""])
     return model
 
 
@@ -71,14 +76,96 @@ def get_factors(model: PeftModel) -> Factors:
     )
 
 
-def save_adapter(model: PeftModel, factors: Factors, folder: Path) -> None:
-    """Write a PEFT folder that ``PeftModel.from_pretrained`` loads, whole or not at all."""
+def get_head(model: PeftModel) -> dict[str, Tensor]:
+    """A copy of the base model's parameters outside its backbone (transformers'
+    ``base_model_prefix``), by name: ``classifier.weight`` and the like."""
+    base = model.get_base_model()
+    backbone = f"{base.base_model_prefix}."
+    names = {id(p): name for name, p in base.named_parameters() if not name.startswith(backbone)}
+    shared = {
+        id(p)
+        for name, p in base.named_parameters(remove_duplicate=False)
+        if name.startswith(backbone)
+    }
+    return {
+        name: base.get_parameter(name).detach().clone()
+        for key, name in names.items()
+        if key not in shared  # as an output layer tied to the embeddings
+    }
+
+
+@torch.no_grad()
+def set_head(model: PeftModel, head: Mapping[str, Tensor]) -> None:
+    for name, value in head.items():
+        model.get_base_model().get_parameter(name).copy_(value)
+
+
+class FrozenWeights:
+    """The frozen weights under the adapter, with what a method folds into them.
+
+    The pristine weights of the modules concerned are copied the first time, so nothing is ever
+    subtracted again and rounding does not add up.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+        self.pristine: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def set(self, merged: Mapping[str, Tensor]) -> None:
+        """``W = W_0 + scaling * merged`` for these modules, ``W_0`` for all others."""
+        for module in {**self.pristine, **merged}:
+            weight, W_0 = self._weight(module), self.pristine.get(module)
+            if W_0 is None:
+                W_0 = self.pristine[module] = weight.detach().clone()
+            weight.copy_(W_0 + self.scaled(module, merged[module]) if module in merged else W_0)
+
+    def scaled(self, module: str, update: Tensor) -> Tensor:
+        """An update on the scale of ``B A`` as a change of the stored weight."""
+        layer = self._layer(module)
+        update = update * layer.scaling[ADAPTER]
+        return update.T if layer.fan_in_fan_out else update
+
+    def _weight(self, module: str) -> Tensor:
+        return self._layer(module).get_base_layer().weight
+
+    def _layer(self, module: str) -> Any:
+        return self.model.get_submodule(PREFIX + module)
+
+
+def save_adapter(
+    model: PeftModel, factors: Factors, folder: Path, head: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a PEFT folder that ``PeftModel.from_pretrained`` loads, whole or not at all.
+
+    ``head``: trained parameters of the base model, stored as PEFT's ``modules_to_save``.
+    """
     set_factors(model, factors)
     with new_folder(folder) as fresh:
         model.save_pretrained(str(fresh), save_embedding_layers=False)
+        if head:
+            _add_head(fresh, head)
+
+
+def _add_head(folder: Path, head: Mapping[str, Tensor]) -> None:
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors = load_file(weights)
+    tensors.update({PREFIX + name: value.contiguous() for name, value in head.items()})
+    save_file(tensors, weights, metadata={"format": "pt"})
+    options = json.loads(config.read_text(encoding="utf-8"))
+    options["modules_to_save"] = sorted({name.partition(".")[0] for name in head})
+    config.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: PeftModel, folder: Path) -> Factors:
     """The factors in a folder that :func:`save_adapter` wrote for the same model."""
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    lora = {name: value for name, value in tensors.items() if ".lora_" in name}
+    set_peft_model_state_dict(model, lora)
     return get_factors(model)
+
+
+def load_head(folder: Path) -> dict[str, Tensor]:
+    """The head in such a folder, empty where none was trained."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {n.removeprefix(PREFIX): t for n, t in tensors.items() if ".lora_" not in n}

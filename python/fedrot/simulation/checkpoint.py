@@ -1,8 +1,8 @@
-"""Where an interrupted run goes on: the finished rounds and the global factors, in one file."""
+"""Where an interrupted run goes on: everything the server keeps between rounds, in one file."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,26 +12,29 @@ from torch import Tensor
 from fedrot.errors import FedrotError
 from fedrot.factors import Factors
 from fedrot.files import new_file
+from fedrot.methods import Server
+
+Tensors = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """State after ``rounds`` finished rounds."""
-
-    rounds: int
-    factors: Factors
-
-
-def save(path: Path, state: Checkpoint) -> None:
-    tensors: dict[str, Tensor] = {}
-    for module, A in state.factors.A.items():
-        tensors[f"A/{module}"] = A.contiguous()
-        tensors[f"B/{module}"] = state.factors.B[module].contiguous()
+def save(path: Path, server: Server) -> None:
+    tensors = {
+        **_factors("factors", server.factors),
+        **(_factors("previous", server.previous) if server.previous else {}),
+        **_under("merged", server.merged),
+        **_under("head", server.head),
+        **_under("optimizer", server.optimizer),
+    }
+    for client, B in server.personal.items():
+        tensors.update(_under(f"personal/{client}", B))
+    # The file takes no tensor that shares memory with another, as the first B of two rounds.
+    tensors = {key: t.detach().clone().contiguous() for key, t in tensors.items()}
     with new_file(path) as fresh:
-        save_file(tensors, fresh, metadata={"rounds": str(state.rounds)})
+        metadata = {"rounds": str(server.rounds), "modules": json.dumps(list(server.factors.A))}
+        save_file(tensors, fresh, metadata=metadata)
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path) -> Server:
     """Read a checkpoint.
 
     Raises:
@@ -40,7 +43,39 @@ def load(path: Path) -> Checkpoint:
     try:
         with safe_open(path, "pt") as file:
             rounds = int(file.metadata()["rounds"])
-            A = {k[2:]: file.get_tensor(k) for k in file.keys() if k.startswith("A/")}  # noqa: SIM118
-            return Checkpoint(rounds, Factors(A, {m: file.get_tensor(f"B/{m}") for m in A}))
+            modules = json.loads(file.metadata()["modules"])  # in order; the file sorts its keys
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        personal: dict[int, Tensors] = {}
+        own = _of("personal", tensors)
+        for client in {key.partition("/")[0] for key in own}:
+            personal[int(client)] = {m: own[f"{client}/{m}"] for m in modules}
+        previous = _of("previous", tensors)
+        return Server(
+            _read_factors(modules, _of("factors", tensors)),
+            rounds,
+            _read_factors(modules, previous) if previous else None,
+            _of("merged", tensors),
+            personal,
+            _of("head", tensors),
+            _of("optimizer", tensors),
+        )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise FedrotError(f"{path}: corrupt checkpoint ({error}); --force starts again") from error
+
+
+def _factors(prefix: str, factors: Factors) -> Tensors:
+    return {**_under(f"{prefix}/A", factors.A), **_under(f"{prefix}/B", factors.B)}
+
+
+def _read_factors(modules: list[str], tensors: Tensors) -> Factors:
+    return Factors({m: tensors[f"A/{m}"] for m in modules}, {m: tensors[f"B/{m}"] for m in modules})
+
+
+def _under(prefix: str, tensors: Tensors) -> Tensors:
+    return {f"{prefix}/{name}": t for name, t in tensors.items()}
+
+
+def _of(prefix: str, tensors: Tensors) -> Tensors:
+    """The tensors under a prefix, without it."""
+    start = f"{prefix}/"
+    return {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}

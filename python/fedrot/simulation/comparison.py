@@ -59,7 +59,11 @@ def compare(
     """
     _check(variants, settings, options)
     plan = [
-        (setting, variant, [_config(options, setting, variant, seed) for seed in seeds])
+        (
+            setting,
+            variant,
+            [configure(options, variant, {"setting": setting, "seed": seed}) for seed in seeds],
+        )
         for setting in settings
         for variant in variants
     ]
@@ -91,20 +95,25 @@ def compare(
 
 
 def merge_command(result: Comparison, program: str = "fedrot") -> str | None:
-    """The line that merges the clients of the last method's first one-shot run once more."""
+    """The line that merges the clients of the last one-shot run once more, from the folders."""
     for group in reversed(result.groups):
         if group.folders and RunDir(group.folders[0]).clients():
             path = group.folders[0]
-            method = read_yaml(path / "config.yaml")["method"]
-            folder = shlex.quote(str(path))
-            options = _aggregate_options(method)
-            return f"{program} aggregate {folder}/clients/client-* {options} -o {folder}/merged"
+            config = read_yaml(path / "config.yaml")
+            options = _aggregate_options(config["method"])
+            if config["start"] == "own" and config["clients"]["weights"] == "uniform" and options:
+                folder = shlex.quote(str(path))
+                return f"{program} aggregate {folder}/clients/client-* {options} -o {folder}/merged"
     return None
 
 
-def _aggregate_options(method: Tree) -> str:
+def _aggregate_options(method: Tree) -> str | None:
     """The options of ``fedrot aggregate`` that do what a method does in a single merge."""
-    if method["name"] == "fedit" or method["align"] == "alternate":  # its first round is plain
+    if method["name"] == "fedit":
+        return "--lam 0.0"
+    if method["name"] != "fedrot" or method["rotation"] != "procrustes":
+        return None
+    if method["align"] == "alternate":  # its first round is plain
         return "--lam 0.0"
     align = "" if method["align"] == "joint" else f" --align {method['align']}"
     return f"--lam {method['lam']}{align}{'' if method['proper'] else ' --improper'}"
@@ -120,22 +129,24 @@ def _check(variants: Sequence[Variant], settings: Sequence[str], options: Tree) 
         if twice := next((v for v in values if values.count(v) > 1), None):
             raise FedrotError(f"--{what} names {twice} twice")
     for key in flatten({"method": options.get("method", {})}):
-        if not any(key == "method.name" or _has(v, key) for v in variants):
+        if not any(
+            key == "method.name" or has_option(v, key.removeprefix("method.")) for v in variants
+        ):
             raise FedrotError(f"none of the compared methods has the option {key!r}")
 
 
-def _has(variant: Variant, key: str) -> bool:
-    kind = METHODS[variant.options["name"]]
-    return key.removeprefix("method.") in {f.name for f in dataclasses.fields(kind)}
+def has_option(variant: Variant, option: str) -> bool:
+    """Whether the method has an option of that name."""
+    return option in {f.name for f in dataclasses.fields(METHODS[variant.options["name"]])}
 
 
-def _config(options: Tree, setting: str, variant: Variant, seed: int) -> Config:
-    """Common method options reach the methods that have them; a variant's own options win."""
+def configure(options: Tree, variant: Variant, *later: Tree) -> Config:
+    """The configuration of one run of a variant. Common method options reach the methods that
+    have them; a variant's own options win, and ``later`` ones over all."""
     common = options.get("method", {})
-    common = {key: value for key, value in common.items() if _has(variant, f"method.{key}")}
+    common = {key: value for key, value in common.items() if has_option(variant, key)}
     rest = {key: value for key, value in options.items() if key != "method"}
-    method = {"method": merge(common, variant.options)}
-    return load(rest, {"setting": setting, "seed": seed}, method)
+    return load(rest, {"method": merge(common, variant.options)}, *later)
 
 
 def _with_clients_alone(groups: Sequence[Group]) -> list[Group]:

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
 from fedrot.config import Local
 from fedrot.factors import Factors
 from fedrot.simulation.adapter import ADAPTER, PREFIX, parameter_names
 from fedrot.tasks import Batch
-from fedrot.tasks.base import Track, no_progress
+from fedrot.tasks.base import Track, example_losses, no_progress, trim
 
 NO_EXAMPLE = -1  # in a batch that is not full
 
@@ -60,12 +60,6 @@ class GroupedLinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def classification_losses(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross entropy of ``output.logits`` ``(b, classes)`` with ``batch["labels"]`` ``(b,)``."""
-    losses = cross_entropy(output.logits.float(), batch["labels"], reduction="none")
-    return losses, torch.ones_like(losses)
-
-
 def draw_batches(examples: Tensor, local: Local, generator: torch.Generator) -> Tensor:
     """Which of its examples ``(n_i,)`` a client sees: ``(steps, batch_size)``.
 
@@ -91,7 +85,7 @@ def train_clients(
     *,
     parts: str = "AB",
     heads: Sequence[dict[str, Tensor]] | None = None,
-    example_losses: ExampleLosses = classification_losses,
+    example_losses: ExampleLosses = example_losses,
     track: Track = no_progress,
 ) -> Trained:
     """Train every client from its own factors on its own batches.
@@ -155,7 +149,7 @@ def _train_group(
         for step in range(longest):
             next(clock)
             flat = rows[step].flatten()
-            batch = {key: value[flat.clamp(min=0)] for key, value in train.items()}
+            batch = trim({key: value[flat.clamp(min=0)] for key, value in train.items()})
             loss = _client_losses(model, batch, flat != NO_EXAMPLE, clients, example_losses)
             active = step < lengths
             step_all(loss, active)
@@ -188,21 +182,22 @@ class _Optimizer:
         self.trained = [p for group in groups.values() for p in group]
         self.starts = [p.detach().clone() for p in self.trained] if local.prox else []
         options = [{"params": group, "lr": rates[part]} for part, group in groups.items() if group]
-        decay = {"weight_decay": local.weight_decay}
+        decay = local.weight_decay
         self.optimizer: torch.optim.Optimizer
         if local.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(options, momentum=local.momentum, **decay)
+            self.optimizer = torch.optim.SGD(options, momentum=local.momentum, weight_decay=decay)
         else:
             kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[local.optimizer]
-            self.optimizer = kind(options, **decay)
+            self.optimizer = kind(options, weight_decay=decay)
 
     def __call__(self, losses: Tensor, active: Tensor) -> None:
         """``active`` ``(N,)``: clients that have not taken all their steps yet."""
         self.optimizer.zero_grad()
         losses.sum().backward()
         with torch.no_grad():
-            for p, start in zip(self.trained, self.starts, strict=False):
-                p.grad.add_(p - start, alpha=self.local.prox)
+            if self.local.prox:
+                for p, start in zip(self.trained, self.starts, strict=True):
+                    _gradient(p).add_(p - start, alpha=self.local.prox)
             if self.local.clip is not None:
                 self._clip(self.local.clip)
         if bool(active.all()):
@@ -216,11 +211,16 @@ class _Optimizer:
 
     def _clip(self, largest: float) -> None:
         """The gradient of each client to a norm of at most ``largest``."""
-        gradients = [p.grad for p in self.trained]
+        gradients = [_gradient(p) for p in self.trained]
         norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
         scale = largest / norm.clamp(min=largest)
         for g in gradients:
             g.mul_(scale.view(-1, *(1,) * (g.dim() - 1)))
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 @contextmanager
@@ -249,8 +249,8 @@ def _grouped(
             _put(model, name, layer)
         yield layers
     finally:
-        for name, module in plain.items():
-            _put(model, name, module)
+        for name, own in plain.items():
+            _put(model, name, own)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -12,31 +12,37 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fedrot import __version__
 from fedrot.config import Config
 from fedrot.errors import Diverged
-from fedrot.factors import Factors
-from fedrot.methods import FedIT
+from fedrot.factors import Factors, padded, truncate
+from fedrot.files import new_file
+from fedrot.gauge import regauge
+from fedrot.methods import FedIT, Server
 from fedrot.metrics import aggregation_error, rotation_angles, total
 from fedrot.report.pages import write_run_report
+from fedrot.server import Update, Upload, serve
 from fedrot.simulation import checkpoint
 from fedrot.simulation.adapter import (
+    FrozenWeights,
     adapt,
     draw_factors,
+    get_head,
     load_adapter,
+    load_head,
     save_adapter,
     set_factors,
+    set_head,
 )
-from fedrot.simulation.checkpoint import Checkpoint
-from fedrot.simulation.gauge import regauge
 from fedrot.simulation.local import draw_batches, train_clients
 from fedrot.simulation.run_dir import Row, RunDir, open_run
 from fedrot.simulation.seeding import generator
 from fedrot.tasks import TaskData
 from fedrot.tasks.base import Track, no_progress
-from fedrot.tasks.partition import dirichlet
+from fedrot.tasks.partition import split
 
 
 @dataclass(frozen=True)
@@ -46,20 +52,51 @@ class Federation:
     config: Config
     data: TaskData
     model: PeftModel
+    frozen: FrozenWeights
+    head: dict[str, Tensor]  # as it was before training; empty where it stays frozen
     examples: list[Tensor]  # per client its rows of data.train
 
-    def evaluate(self, factors: Factors) -> dict[str, float]:
+    def start(self) -> Server:
+        """Before the first round."""
+        factors = draw_factors(self.model, generator(self.config.seed, "start", 0))
+        return Server(factors, head=self.head)
+
+    def score(self, factors: Factors, head: dict[str, Tensor]) -> dict[str, float]:
+        """Of one model on the test part."""
+        set_head(self.model, head)
         return self.config.task.evaluate(set_factors(self.model, factors), self.data.test)
+
+    def evaluate(self, server: Server) -> dict[str, float]:
+        """Of the global model; where clients keep their B, the mean over the clients' models, and
+        that of the averaged B as ``..._averaged``."""
+        self.frozen.set(server.merged)
+        averaged = self.score(server.factors, server.head)
+        if not server.personal:
+            return averaged
+        clients, download = self.config.clients, self.config.method.download
+        own = [
+            self.score(download(server, i, clients.rank(i)), server.head)
+            for i in range(clients.count)
+        ]
+        return {
+            **{key: math.fsum(s[key] for s in own) / len(own) for key in averaged},
+            **{f"{key}_averaged": value for key, value in averaged.items()},
+        }
 
 
 @dataclass(frozen=True)
 class Uploads:
-    """What the clients hand in after local training, and what it took."""
+    """What the participants of a round hand in, and what it took."""
 
-    factors: list[Factors]
+    clients: list[Upload]
     reference: Factors  # toward which the server aligns them
+    weights: Tensor | None
     train_loss: float
     seconds: float
+
+    @property
+    def factors(self) -> list[Factors]:
+        return [upload.factors for upload in self.clients]
 
 
 def federate(
@@ -69,12 +106,14 @@ def federate(
     resume: bool = False,
     force: bool = False,
     uploads_from: Path | None = None,
+    report: bool = True,
     track: Track = no_progress,
 ) -> dict[str, Any]:
     """Run a federation into the folder ``path`` and return its summary.
 
     A finished run is returned as it is under ``resume``. ``uploads_from``: a finished one-shot
     run of the same configuration, save the method, whose uploads are taken instead of training.
+    ``report``: with pictures and ``report.html``.
 
     Raises:
         FedrotError: the folder must not be touched, the configuration differs from the one to
@@ -85,14 +124,20 @@ def federate(
         return run.summary()
     with _threads(config.threads):
         federation = prepare(config, track)
-        state = _start(federation, run)
-        rows = run.rows()[: state.rounds]
-        for round in track(range(state.rounds, config.rounds), "rounds"):
-            state, row = run_round(federation, run, round, state.factors, uploads_from, track)
+        resumed = run.checkpoint.is_file()
+        server = checkpoint.load(run.checkpoint) if resumed else federation.start()
+        rows = run.rows()[: server.rounds]
+        for _ in track(range(server.rounds, config.rounds), "rounds"):
+            server, row = run_round(federation, run, server, uploads_from, track)
             rows.append(row)
             run.write_rows(rows)
-            checkpoint.save(run.checkpoint, state)
-        return _finish(federation, run, state.factors, rows)
+            checkpoint.save(run.checkpoint, server)
+        summary = _summary(federation, rows)
+        _save_model(federation, run, server)
+        if report:
+            write_run_report(run.path, config, summary, rows)
+        run.finish(summary)
+        return summary
 
 
 def prepare(config: Config, track: Track = no_progress) -> Federation:
@@ -100,11 +145,11 @@ def prepare(config: Config, track: Track = no_progress) -> Federation:
     data = config.task.prepare(config.seed, track)
     if config.validation:
         data = hold_out(data, config.validation, config.seed)
-    base = config.task.load_model(data.base)
+    base = config.task.load_model(data)
     model = adapt(base, config.lora, config.task.lora_targets(base))
-    clients = config.clients
-    examples = dirichlet(data.labels, clients.count, clients.alpha, config.seed)
-    return Federation(config, data, model, examples)
+    examples = split(data, config.clients, config.seed)
+    head = get_head(model) if config.local.head else {}
+    return Federation(config, data, model, FrozenWeights(model), head, examples)
 
 
 def hold_out(data: TaskData, fraction: float, seed: int) -> TaskData:
@@ -117,107 +162,151 @@ def hold_out(data: TaskData, fraction: float, seed: int) -> TaskData:
         train={key: value[kept] for key, value in data.train.items()},
         test={key: value[held] for key, value in data.train.items()},
         labels=data.labels[kept],
+        columns={name: values[kept] for name, values in data.columns.items()},
     )
 
 
 def run_round(
     federation: Federation,
     run: RunDir,
-    round: int,
-    factors: Factors,
+    server: Server,
     uploads_from: Path | None = None,
     track: Track = no_progress,
-) -> tuple[Checkpoint, Row]:
-    """Local training, aggregation and evaluation of one round, ``round`` from 0."""
+) -> tuple[Server, Row]:
+    """Local training, aggregation and evaluation of one round."""
     config = federation.config
     if uploads_from is None:
-        uploads = train_round(federation, round, factors, track)
+        uploads = train_round(federation, server, track)
     else:
         uploads = _read_uploads(federation, RunDir(uploads_from))
     if config.start == "own":
-        _write_clients(federation.model, run, uploads.factors)
+        _write_clients(federation.model, run, uploads.clients)
     began = time.perf_counter()
-    factors = config.method.aggregate(uploads.factors, uploads.reference, round=round)
+    update = serve(
+        config.method,
+        config.server,
+        server,
+        uploads.clients,
+        uploads.weights,
+        reference=uploads.reference,
+        generator=generator(config.seed, "server", server.rounds),
+    )
     seconds = time.perf_counter() - began
     row = {
-        "round": round + 1,
-        **federation.evaluate(factors),
+        "round": update.server.rounds,
+        **federation.evaluate(update.server),
         "train_loss": uploads.train_loss,
-        **_alignment(uploads, factors, round),
+        **_alignment(uploads, update),
         "seconds_local": uploads.seconds,
         "seconds_aggregation": seconds,
     }
+    if config.clients.per_round < config.clients.count:
+        row["clients"] = [upload.client for upload in uploads.clients]
     if config.start == "own":
-        row["client_accuracies"] = [federation.evaluate(f)["accuracy"] for f in uploads.factors]
-    return Checkpoint(round + 1, factors), row
+        federation.frozen.set({})
+        scores = [federation.score(u.factors, u.head) for u in uploads.clients]
+        row["client_accuracies"] = [score["accuracy"] for score in scores]
+    return update.server, row
 
 
-def train_round(
-    federation: Federation, round: int, factors: Factors, track: Track = no_progress
-) -> Uploads:
-    """Local training of every client from the global factors, or from its own start."""
-    config, model = federation.config, federation.model
-    seed, clients = config.seed, range(config.clients.count)
+def train_round(federation: Federation, server: Server, track: Track = no_progress) -> Uploads:
+    """Local training of the round's participants, from the server or each from its own start."""
+    config, model, round = federation.config, federation.model, server.rounds
+    seed, clients, method = config.seed, participants(config, round), config.method
     began = time.perf_counter()
-    starts = [factors for _ in clients]
+    federation.frozen.set(server.merged)
+    ranks = [config.clients.rank(i) for i in clients]
     if config.start == "own":
-        starts = [draw_factors(model, generator(seed, "start", i + 1)) for i in clients]
+        drawn = (draw_factors(model, generator(seed, "start", i + 1)) for i in clients)
+        starts = [truncate(start, r) for start, r in zip(drawn, ranks, strict=True)]
+    else:
+        starts = [method.download(server, i, r) for i, r in zip(clients, ranks, strict=True)]
     batches = [
         draw_batches(federation.examples[i], config.local, generator(seed, "batches", round, i))
         for i in clients
     ]
-    done = train_clients(model, starts, federation.data.train, batches, config.local, track=track)
-    trained, losses = done.factors, done.losses
-    _check_converging(losses, round, config.local.lr)
+    done = train_clients(
+        model,
+        starts,
+        federation.data.train,
+        batches,
+        config.local,
+        # The uploads of an own start are shared by all methods.
+        parts="AB" if config.start == "own" else method.parts(round),
+        heads=[server.head for _ in clients] if server.head else None,
+        track=track,
+    )
+    _check_converging(clients, done.losses, round, config.local.lr)
+    trained = done.factors
     if config.regauge:
-        trained = [regauge(f, generator(seed, "gauge", round, i)) for i, f in enumerate(trained)]
-    reference = trained[0] if config.start == "own" else factors
-    return Uploads(trained, reference, float(losses.mean()), time.perf_counter() - began)
+        gauges = [generator(seed, "gauge", round, i) for i in clients]
+        trained = [regauge(f, gauge) for f, gauge in zip(trained, gauges, strict=True)]
+    uploads = [Upload(*upload) for upload in zip(clients, trained, done.heads, strict=True)]
+    loss, seconds = float(done.losses.mean()), time.perf_counter() - began
+    return _uploads(federation, uploads, method.reference(server), loss, seconds)
 
 
-def _start(federation: Federation, run: RunDir) -> Checkpoint:
-    if run.checkpoint.is_file():
-        return checkpoint.load(run.checkpoint)
-    config = federation.config
-    return Checkpoint(0, draw_factors(federation.model, generator(config.seed, "start", 0)))
+def participants(config: Config, round: int) -> list[int]:
+    """Who trains in a round; the seed and the round decide."""
+    count, chosen = config.clients.count, config.clients.per_round
+    if chosen == count:
+        return list(range(count))
+    order = torch.randperm(count, generator=generator(config.seed, "participants", round))
+    return sorted(order[:chosen].tolist())
 
 
-def _alignment(uploads: Uploads, factors: Factors, round: int) -> Row:
+def _uploads(
+    federation: Federation, clients: list[Upload], reference: Factors, loss: float, seconds: float
+) -> Uploads:
+    config, weights = federation.config, None
+    if config.clients.weights == "samples":
+        weights = torch.tensor([float(len(federation.examples[u.client])) for u in clients])
+    if config.start == "own":
+        reference = padded(clients[0].factors, config.lora.r)
+    return Uploads(clients, reference, weights, loss, seconds)
+
+
+def _alignment(uploads: Uploads, update: Update) -> Row:
     """How far the uploads were apart, and what the method and plain averaging lose on them."""
-    plain = FedIT().aggregate(uploads.factors, uploads.reference, round=round)
-    angles = rotation_angles(uploads.factors, uploads.reference)
+    factors, weights = uploads.factors, uploads.weights
+    plain = FedIT().aggregate(factors, uploads.reference, weights)
+    error = aggregation_error(factors, update.aggregate, weights, update.folded)
     return {
-        "aggregation_error": total(aggregation_error(uploads.factors, factors)),
-        "aggregation_error_plain": total(aggregation_error(uploads.factors, plain)),
-        "rotation_angle": float(angles.mean()),
+        "aggregation_error": total(error),
+        "aggregation_error_plain": total(aggregation_error(factors, plain, weights)),
+        "rotation_angle": float(rotation_angles(factors, uploads.reference).mean()),
     }
 
 
-def _write_clients(model: PeftModel, run: RunDir, uploads: Sequence[Factors]) -> None:
-    for index, factors in enumerate(uploads):
-        save_adapter(model, factors, run.client(index))
+def _write_clients(model: PeftModel, run: RunDir, uploads: Sequence[Upload]) -> None:
+    for upload in uploads:
+        save_adapter(model, upload.factors, run.client(upload.client), upload.head)
 
 
 def _read_uploads(federation: Federation, run: RunDir) -> Uploads:
-    factors = [load_adapter(federation.model, folder) for folder in run.clients()]
+    clients = participants(federation.config, 0)
+    uploads = []
+    for client, folder in zip(clients, run.clients(), strict=True):
+        factors = load_adapter(federation.model, folder)
+        own = truncate(factors, federation.config.clients.rank(client))
+        uploads.append(Upload(client, own, load_head(folder)))
     (row,) = run.rows()
-    return Uploads(factors, factors[0], row["train_loss"], row["seconds_local"])
+    return _uploads(
+        federation, uploads, uploads[0].factors, row["train_loss"], row["seconds_local"]
+    )
 
 
-def _finish(
-    federation: Federation, run: RunDir, factors: Factors, rows: list[Row]
-) -> dict[str, Any]:
+def _summary(federation: Federation, rows: list[Row]) -> dict[str, Any]:
     config, last = federation.config, rows[-1]
-    start = draw_factors(federation.model, generator(config.seed, "start", 0))
+    scores = [key for key in last if key.startswith(("accuracy", "loss"))]
     summary = {
         "method": config.method.name,
         "setting": config.setting,
         "synthetic": config.synthetic,
         "seed": config.seed,
         "rounds": config.rounds,
-        "accuracy": last["accuracy"],
-        "loss": last["loss"],
-        "start": federation.evaluate(start),
+        **{key: last[key] for key in scores},
+        "start": federation.evaluate(federation.start()),
         "client_examples": [len(examples) for examples in federation.examples],
         "test_examples": len(federation.data.test["labels"]),
         **_means(rows, "aggregation_error", "aggregation_error_plain", "rotation_angle"),
@@ -227,23 +316,34 @@ def _finish(
         "version": __version__,
     }
     if "client_accuracies" in last:
-        scores = last["client_accuracies"]
-        summary["client_accuracy"] = math.fsum(scores) / len(scores)
-    save_adapter(federation.model, factors, run.adapter)
-    write_run_report(run.path, config, summary, rows)
-    run.finish(summary)
+        alone = last["client_accuracies"]
+        summary["client_accuracy"] = math.fsum(alone) / len(alone)
     return summary
+
+
+def _save_model(federation: Federation, run: RunDir, server: Server) -> None:
+    """The global adapter; the changed frozen weights and the clients' own adapters if any."""
+    save_adapter(federation.model, server.factors, run.adapter, server.head)
+    if server.merged:
+        scaled = federation.frozen.scaled
+        changes = {f"{m}.weight": scaled(m, t).contiguous() for m, t in server.merged.items()}
+        with new_file(run.merged) as fresh:
+            save_file(changes, fresh)
+    for client in server.personal:
+        rank = federation.config.clients.rank(client)
+        own = federation.config.method.download(server, client, rank)
+        save_adapter(federation.model, own, run.client(client), server.head)
 
 
 def _means(rows: list[Row], *keys: str) -> dict[str, float]:
     return {key: math.fsum(row[key] for row in rows) / len(rows) for key in keys}
 
 
-def _check_converging(losses: Tensor, round: int, lr: float) -> None:
+def _check_converging(clients: Sequence[int], losses: Tensor, round: int, lr: float) -> None:
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise Diverged(
-            f"local training of client {bad[0]} diverged in round {round + 1}: "
+            f"local training of client {clients[bad[0]]} diverged in round {round + 1}: "
             f"its loss is not finite; lower local.lr={lr}"
         )
 

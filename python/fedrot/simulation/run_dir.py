@@ -3,8 +3,9 @@
 config.yaml             the resolved configuration
 metrics.jsonl           a line a round
 checkpoint.safetensors  while the run is unfinished
-clients/client-00/ ...  the uploads as PEFT adapters (one-shot)
+clients/client-00/ ...  PEFT adapters: the uploads (one-shot), or what the clients keep (FedSA-LoRA)
 adapter/                the global adapter as PEFT folder
+merged.safetensors      what was folded into the frozen weights (FedEx-LoRA, FLoRA): add it to them
 *.png, report.html
 summary.json            last: it marks the run as finished
 """
@@ -25,7 +26,14 @@ from fedrot.options import Tree, first_difference
 
 Row = dict[str, Any]
 
-OWN = ("config.yaml", "metrics.jsonl", "checkpoint.safetensors", "summary.json", "report.html")
+OWN = (
+    "config.yaml",
+    "metrics.jsonl",
+    "checkpoint.safetensors",
+    "merged.safetensors",
+    "summary.json",
+    "report.html",
+)
 OWN_FOLDERS = ("adapter", "clients")
 
 
@@ -42,6 +50,10 @@ class RunDir:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged.safetensors"
 
     def client(self, index: int) -> Path:
         return self.path / "clients" / f"client-{index:02d}"

@@ -7,14 +7,7 @@ adapts it by LoRA to 5-9 under a new random head, shared by all clients and froz
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +17,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from fedrot.options import option
-from fedrot.tasks.base import Batch, TaskData, Track, no_progress
+from fedrot.tasks import base as shared
+from fedrot.tasks.base import Batch, TaskData, Track, no_progress, query_and_value
+from fedrot.tasks.cache import cached, facts, made_by, quiet
 
 ARCHITECTURE: dict[str, Any] = {
     "hidden_size": 32,
@@ -38,7 +33,7 @@ ARCHITECTURE: dict[str, Any] = {
     "attention_probs_dropout_prob": 0.0,
     "num_labels": 5,
     "problem_type": "single_label_classification",
-    "attn_implementation": "eager",  # vmap needs attention in plain operations
+    "attn_implementation": "eager",  # plain operations; nine tokens need no more
 }
 FORMAT = 1  # of the cache; a change of the code that makes the base model changes it
 
@@ -48,6 +43,7 @@ class Digits:
     """Options of the task. ``pretrain_*``: central training on 0-4 (AdamW, one-cycle rate)."""
 
     title: ClassVar[str] = "digits: a ViT pre-trained on 0-4 learns 5-9"
+    preset: ClassVar[dict[str, Any]] = {}
 
     pretrain_steps: int = option(500, at_least=1)
     pretrain_batch: int = option(64, at_least=1)
@@ -58,44 +54,33 @@ class Digits:
     def prepare(self, seed: int, track: Track = no_progress) -> TaskData:
         base = self._base(seed, track)
         train, test = _split(range(5, 10), self.test_fraction, seed)
-        facts = json.loads((base / "pretraining.json").read_text())
-        return TaskData(base, train, test, train["labels"], facts)
+        return TaskData(base, train, test, train["labels"], facts(base))
 
-    def load_model(self, base: Path) -> nn.Module:
-        from transformers import ViTForImageClassification
-
-        with _quiet():
-            model = ViTForImageClassification.from_pretrained(
-                base, attn_implementation=ARCHITECTURE["attn_implementation"]
-            )
-        return model.eval().requires_grad_(False)
+    def load_model(self, data: TaskData) -> nn.Module:
+        return _load(data.base)
 
     def lora_targets(self, model: nn.Module) -> list[str]:
-        # Query and value; transformers 5 renamed them.
-        ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        return sorted(ends & {"query", "value", "q_proj", "v_proj"})
+        return query_and_value(model)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        out = model(**batch)
-        hits = out.logits.argmax(-1) == batch["labels"]
-        return {"accuracy": float(hits.double().mean()), "loss": float(out.loss)}
+        return shared.evaluate(model, batch, size=1024)
 
     def _base(self, seed: int, track: Track) -> Path:
         """The cached folder with the pre-trained model under the random head of ``seed``."""
-        pretrained = _cached({**self._key(), "part": "pretrained"}, lambda: self._pretrain(track))
+        pretrained = cached(
+            "digits", {**self._key(), "part": "pretrained"}, lambda: self._pretrain(track)
+        )
 
         def with_head() -> tuple[nn.Module, dict[str, Any]]:
-            model = self.load_model(pretrained)
+            model = _load(pretrained)
             _new_head(model, seed)
-            return model, json.loads((pretrained / "pretraining.json").read_text())
+            return model, facts(pretrained)
 
-        return _cached({**self._key(), "part": "base", "head_seed": seed}, with_head)
+        return cached("digits", {**self._key(), "part": "base", "head_seed": seed}, with_head)
 
     def _key(self) -> dict[str, Any]:
         """What the pre-trained model depends on."""
-        made_by = {name: version(name) for name in ("torch", "transformers")}
-        return {"format": FORMAT, "architecture": ARCHITECTURE, **made_by, **asdict(self)}
+        return {"format": FORMAT, "architecture": ARCHITECTURE, **made_by(), **asdict(self)}
 
     def _pretrain(self, track: Track) -> tuple[nn.Module, dict[str, Any]]:
         from transformers import ViTConfig, ViTForImageClassification
@@ -119,9 +104,14 @@ class Digits:
         return model, {"pretrained_accuracy": accuracy, "pretrained_on": "digits 0-4"}
 
 
-def cache_folder() -> Path:
-    """``$FEDROT_CACHE``, or ``~/.cache/fedrot``."""
-    return Path(os.environ.get("FEDROT_CACHE") or Path.home() / ".cache" / "fedrot")
+def _load(folder: Path) -> nn.Module:
+    from transformers import ViTForImageClassification
+
+    with quiet():
+        model = ViTForImageClassification.from_pretrained(
+            folder, attn_implementation=ARCHITECTURE["attn_implementation"]
+        )
+    return model.eval().requires_grad_(False)
 
 
 def _split(digits: range, test_fraction: float, seed: int) -> tuple[Batch, Batch]:
@@ -146,40 +136,3 @@ def _new_head(model: nn.Module, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.classifier.reset_parameters()  # type: ignore[operator,union-attr]
-
-
-def _cached(key: dict[str, Any], make: Any) -> Path:
-    """The transformers folder of ``key``, made where it is missing, whole or not at all."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_folder() / f"digits-{key['part']}-{digest}"
-    if folder.is_dir():
-        return folder
-    model, facts = make()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.with_name(f".{folder.name}.new-{os.getpid()}")
-    try:
-        with _quiet():
-            model.save_pretrained(fresh)
-        (fresh / "pretraining.json").write_text(json.dumps({**facts, "key": key}, indent=2) + "\n")
-        try:
-            fresh.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, with the same content
-                raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    return folder
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars for a model of 80 kB."""
-    from transformers.utils import logging as transformers_logging
-
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()

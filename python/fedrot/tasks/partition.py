@@ -2,11 +2,96 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedrot.errors import FedrotError
+from fedrot.tasks.base import TaskData
+
+if TYPE_CHECKING:
+    from fedrot.config import Clients
+
+
+def split(data: TaskData, clients: Clients, seed: int) -> list[Tensor]:
+    """Per client the sorted indices of its training examples, as ``clients.partition`` says."""
+    labels, count = data.labels, clients.count
+    if count > len(labels):
+        raise FedrotError(f"clients.count is {count}, but there are {len(labels)} examples")
+    if clients.partition == "iid":
+        return iid(len(labels), count, seed)
+    if clients.partition == "labels":
+        return by_labels(labels, count, clients.labels, seed)
+    if clients.partition == "column":
+        if clients.column not in data.columns:
+            known = ", ".join(data.columns) or "none"
+            raise FedrotError(
+                f"clients.column must name a column of the task ({known}), got {clients.column!r}"
+            )
+        return by_column(data.columns[clients.column], count)
+    return dirichlet(labels, count, clients.alpha, seed)
+
+
+def iid(n: int, clients: int, seed: int) -> list[Tensor]:
+    """A random split of ``n`` examples into parts whose sizes differ by one at most."""
+    order = np.random.default_rng([seed, 2]).permutation(n)
+    return [torch.from_numpy(np.sort(part)) for part in np.array_split(order, clients)]
+
+
+def by_labels(labels: Tensor, clients: int, each: int, seed: int) -> list[Tensor]:
+    """Every client gets the examples of ``each`` different labels (McMahan et al., arXiv
+    1602.05629); clients that share a label share its examples evenly.
+
+    Labels are dealt in a random order, from the first again when they run out, so that all are
+    dealt about equally often.
+
+    Raises:
+        FedrotError: there are fewer labels than ``each``, some would be dealt to nobody, or a
+            label has fewer examples than clients.
+    """
+    found = np.unique(labels.numpy())
+    if each > len(found):
+        raise FedrotError(f"clients.labels is {each}, but there are {len(found)} labels")
+    if each * clients < len(found):
+        needed = -(-len(found) // clients)
+        raise FedrotError(
+            f"clients.labels={each} leaves out labels: {clients} clients need at least {needed} "
+            f"each for {len(found)} labels"
+        )
+    rng = np.random.default_rng([seed, 3])
+    order = rng.permutation(found)
+    owners: dict[int, list[int]] = {}
+    for i in range(clients * each):  # `each` labels in a row differ, as each <= len(order)
+        owners.setdefault(int(order[i % len(order)]), []).append(i // each)
+    parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+    for label in found:
+        members = rng.permutation(np.flatnonzero(labels.numpy() == label))
+        sharing = owners[int(label)]
+        if len(members) < len(sharing):
+            raise FedrotError(
+                f"clients.labels={each}: label {label} has {len(members)} examples for "
+                f"{len(sharing)} clients"
+            )
+        for client, piece in zip(sharing, np.array_split(members, len(sharing)), strict=True):
+            parts[client].append(piece)
+    return [torch.from_numpy(np.sort(np.concatenate(part))) for part in parts]
+
+
+def by_column(values: Tensor, clients: int) -> list[Tensor]:
+    """One client per distinct value, in the order of the values.
+
+    Raises:
+        FedrotError: there are not as many clients as values.
+    """
+    found = values.unique()
+    if len(found) != clients:
+        raise FedrotError(
+            f"clients.column has {len(found)} values, one client each: set "
+            f"clients.count={len(found)}, got {clients}"
+        )
+    return [(values == value).nonzero().flatten() for value in found]
 
 
 def dirichlet(labels: Tensor, clients: int, alpha: float, seed: int) -> list[Tensor]:

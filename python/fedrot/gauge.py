@@ -17,11 +17,17 @@ def haar(n: int, generator: torch.Generator) -> Tensor:
     return Q * R.diagonal().sign()
 
 
-def regauge(factors: Factors, generator: torch.Generator) -> Factors:
-    """``(B R, R^T A)`` with a random orthogonal ``R`` per layer: the product stays ``B A``."""
+def regauge(factors: Factors, generator: torch.Generator, *, proper: bool = False) -> Factors:
+    """``(B R, R^T A)`` with a random orthogonal ``R`` per layer: the product stays ``B A``.
+
+    ``proper``: rotations only, determinant +1.
+    """
     A, B = {}, {}
     for module, A_i in factors.A.items():
         R = haar(A_i.shape[0], generator)
+        if proper and torch.linalg.det(R) < 0:
+            R = torch.cat([-R[:, :1], R[:, 1:]], 1)
+        R = R.to(A_i.device)
         A[module] = (R.T @ A_i.double()).to(A_i.dtype)
         B[module] = (factors.B[module].double() @ R).to(A_i.dtype)
     return Factors(A, B)

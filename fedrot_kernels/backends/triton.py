@@ -1,0 +1,259 @@
+"""The kernels in Triton, for any GPU that it supports; on CPU tensors in its interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fedrot_kernels.backends import reference
+from fedrot_kernels.backends.gpu import Layout
+from fedrot_kernels.backends.triton_factors import apply_kernel, covariance_kernel
+from fedrot_kernels.backends.triton_rotation import polar_kernel, rotation_kernel
+from fedrot_kernels.ops import accumulate_dtype, check_polar, implement
+from fedrot_kernels.plan import Flat, ThroughOperator
+from fedrot_kernels.plan import Runner as AnyRunner
+from fedrot_kernels.plan import implement as implement_plan
+from fedrot_kernels.tables import Factors, read
+
+LARGEST_RANK = 256
+"""Above it a matrix is no longer one tile: such calls run the reference."""
+
+_TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def _tile(n: int) -> int:
+    return max(2, triton.next_power_of_2(n))
+
+
+def _warps(tile: int, dtype: torch.dtype) -> int:
+    """So many that a matrix takes 32 registers of a thread, as far as a program can have them."""
+    most = 16 if torch.version.hip else 32  # 1024 threads
+    return max(1, min(most, tile * tile * dtype.itemsize // 4096))
+
+
+def covariance_options(tile: int, dtype: torch.dtype) -> dict[str, int]:
+    """How covariance_kernel is cut for a rank tile and the wider of the two dtypes."""
+    stack = max(16, min(tile, 64))
+    block = max(16, 4096 // (max(tile, 32) * dtype.itemsize // 2))
+    return {"STACK": stack, "BLOCK": min(block, 128), "num_warps": 8 if tile >= 128 else 4}
+
+
+def apply_options(tile: int, dtype: torch.dtype) -> dict[str, int]:
+    """How apply_kernel is cut for a rank tile and the accumulator's dtype."""
+    stack = max(16, min(tile, 32 if dtype == torch.float32 else 16))
+    block = max(32, min(128, 4096 // tile))
+    return {"STACK": stack, "BLOCK": block, "num_warps": 8 if tile >= 128 else 4}
+
+
+def _on(device: torch.device) -> Any:
+    """Kernels are launched on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _run_length(values: np.ndarray) -> int:
+    """The largest power of two, up to 8, that divides all values."""
+    bits = int(np.bitwise_or.reduce(values, axis=None)) | 8
+    return bits & -bits
+
+
+class Launches:
+    """Every launch of one call over a :class:`Layout`."""
+
+    def __init__(
+        self, layout: Layout, lam: float, proper: bool, average: bool, flat: Flat | None
+    ) -> None:
+        self._layout, self._flat = layout, flat
+        s = layout.sections
+        host = layout.host.numpy()
+        self._layer_rows = host[s.layers : s.clients].reshape(-1, 13)
+        self._client_rows = host[s.clients : s.covariance_units].reshape(-1, 6)
+        unit_layers = host[s.covariance_units : s.apply_units : 5]
+        self._groups = [
+            (int(unit_layers[begin]), int(unit_layers[end - 1]) + 1, begin, end)
+            for begin, end, _, _ in layout.launches
+            if end > begin
+        ]
+        # A launch of the layout holds the outputs of the group before.
+        self._outputs = [(begin, end) for _, _, begin, end in layout.launches[1:]]
+
+        self._tile = tile = _tile(layout.largest_rank)
+        sections = {"table": layout.table, "layers_at": s.layers, "clients_at": s.clients}
+        sizes = {"layers": layout.layers, "clients": layout.clients}
+        client, out = _TYPES[layout.client_dtype], _TYPES[layout.out_dtype]
+        wider = max(layout.client_dtype, layout.out_dtype, key=lambda dtype: dtype.itemsize)
+        if layout.client_dtype != layout.out_dtype:  # both are widened
+            wider = layout.dtype
+        self._covariance = {
+            **(sections | sizes),
+            "units_at": s.covariance_units,
+            "partials": layout.partials,
+            "CLIENT": client,
+            "REFERENCE": out,
+            "P": tile,
+            **covariance_options(tile, wider),
+        }
+        uniform_or_given = "uniform" if layout.weights is None else "given"
+        self._rotation = {
+            **(sections | sizes),
+            "units_at": s.covariance_units,
+            "partials": layout.partials,
+            # Any pointer will do where no weights are read.
+            "weights": layout.partials if layout.weights is None else layout.weights,
+            "flags": layout.counters,
+            "lam_bits": struct.unpack("q", struct.pack("d", lam or 1.0))[0],
+            "WEIGHTS": uniform_or_given if average else "none",
+            "STAGES": 0 if lam == 0 else 1 if lam == 1 else 2,
+            "PROPER": proper,
+            "P": tile,
+            "num_warps": _warps(tile, layout.dtype),
+        }
+        self._apply = {
+            **(sections | sizes),
+            "units_at": s.apply_units,
+            "ACCUMULATE": _TYPES[layout.dtype],
+            "CLIENT": client,
+            "OUT": out,
+            "P": tile,
+            **apply_options(tile, layout.dtype),
+        }
+        self._find_vectors()
+
+    def _find_vectors(self) -> None:
+        """How many elements of a row can be read at a time, everywhere."""
+        layers, clients = self._layer_rows, self._client_rows
+        width, out_width = self._layout.client_dtype.itemsize, self._layout.out_dtype.itemsize
+        flat = self._flat
+        bases = np.array([] if flat is None else [b.data_ptr() for b in flat.buffers], np.int64)
+        lengths_A, lengths_B = [layers[:, 1]], [layers[:, 2], clients[:, 4]]
+        vectors = {}
+        for name, lengths, own, ref, out in (("A", lengths_A, 0, 3, 7), ("B", lengths_B, 2, 5, 9)):
+            elements = [
+                *lengths,
+                bases // width,
+                clients[:, own] // width,
+                clients[:, own + 1],
+                layers[:, ref] // out_width,
+                layers[:, out] // out_width,
+                layers[:, ref + 1],
+                layers[:, out + 1],
+            ]
+            vectors[f"VECTOR_{name}"] = _run_length(np.concatenate(elements))
+        self._vectors = vectors
+
+    def rebind(self) -> None:
+        self._layout.rebind()
+        self._find_vectors()
+
+    def __call__(self) -> None:
+        layout, clients = self._layout, self._layout.clients
+        stacks = triton.cdiv(clients * self._tile, self._covariance["STACK"])
+        with _on(layout.device):
+            layout.refresh()
+            for group, (first_layer, end_layer, begin, end) in enumerate(self._groups):
+                covariance_kernel[(end - begin, stacks)](
+                    first_unit=begin, **self._covariance, **self._vectors
+                )
+                for any_rank in (False, True):
+                    rotation_kernel[(end_layer - first_layer, clients)](
+                        first_layer=first_layer, ANY=any_rank, **self._rotation
+                    )
+                if self._outputs:
+                    begin, end = self._outputs[group]
+                    apply_kernel[(end - begin,)](first_unit=begin, **self._apply, **self._vectors)
+
+
+class Runner:
+    """A call of ``align_aggregate`` whose launches read the values of the moment."""
+
+    def __init__(
+        self,
+        factors: Factors,
+        weights: Tensor | None,
+        A: list[Tensor],
+        B: list[Tensor],
+        lam: float,
+        align: str,
+        proper: bool,
+        flat: Flat | None = None,
+    ) -> None:
+        layout = Layout(factors, weights, lam, align, out=(A, B), flat=flat)
+        self._launches = Launches(layout, lam, proper, True, flat)
+
+    def run(self) -> None:
+        self._launches()
+
+    def rebind(self) -> None:
+        self._launches.rebind()
+
+
+def plan(factors, weights, A, B, lam, align, proper, flat=None) -> AnyRunner:
+    runner = ThroughOperator if _too_large(factors[2]) else Runner
+    return runner(factors, weights, A, B, lam, align, proper, flat)
+
+
+def _too_large(ref_A: list[Tensor]) -> bool:
+    return max((t.shape[0] for t in ref_A if t.dim() == 2), default=0) > LARGEST_RANK
+
+
+def align_aggregate(
+    lora_A, lora_B, ref_A, ref_B, weights=None, *, lam=0.4, align="joint", proper=True
+) -> tuple[list[Tensor], list[Tensor]]:
+    factors = (lora_A, lora_B, ref_A, ref_B)
+    if _too_large(ref_A):
+        options = {"lam": lam, "align": align, "proper": proper}
+        return reference.align_aggregate(*factors, weights, **options)
+    A = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ref_A]
+    B = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ref_B]
+    Runner(factors, weights, A, B, lam, align, proper).run()
+    return A, B
+
+
+def align(lora_A, lora_B, ref_A, ref_B, *, lam=0.4, align="joint", proper=True) -> list[Tensor]:
+    factors = (lora_A, lora_B, ref_A, ref_B)
+    if _too_large(ref_A):
+        return reference.align(*factors, lam=lam, align=align, proper=proper)
+    tables, factors = read(factors, None, lam, align)
+    dtype = accumulate_dtype(lora_A[0].dtype, ref_A[0].dtype)
+    ranks = [r for _, _, r in tables.shapes] * tables.clients
+    rotations = [
+        torch.empty(A.shape[0], r, dtype=dtype, device=A.device)
+        for A, r in zip(lora_A, ranks, strict=True)
+    ]
+    layout = Layout(factors, None, lam, align, rotations=rotations)
+    Launches(layout, lam, proper, False, None)()
+    return rotations
+
+
+def polar(M: Tensor, *, proper: bool = False) -> Tensor:
+    check_polar(M)
+    m, n = M.shape[-2:]
+    if n > LARGEST_RANK:
+        return reference.polar(M, proper=proper)
+    matrices = M.to(accumulate_dtype(M.dtype)).contiguous()
+    out = torch.empty(M.shape, dtype=matrices.dtype, device=M.device)
+    count = matrices.numel() // (m * n)
+    flags = torch.zeros(count, dtype=torch.int32, device=M.device)
+    options = {"PROPER": proper, "P": _tile(n), "num_warps": _warps(_tile(n), out.dtype)}
+    with _on(M.device):
+        for any_rank in (False, True) if count else ():
+            polar_kernel[(count,)](matrices, out, flags, m, n, ANY=any_rank, **options)
+    return out
+
+
+def register(dispatch_key: str = "CUDA") -> None:
+    """Make this the implementation of every operator for one dispatch key."""
+    for function in (align_aggregate, align, polar):
+        implement(function.__name__, dispatch_key, function)
+    implement_plan(dispatch_key.lower(), plan)

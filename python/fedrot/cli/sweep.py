@@ -1,0 +1,74 @@
+"""`fedrot sweep`: an experiment of many runs from one YAML file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedrot.cli._progress import progress
+from fedrot.cli._run import user_errors
+
+if TYPE_CHECKING:
+    from fedrot.sweep.analysis import Results
+
+
+@user_errors
+def sweep(
+    experiment: Annotated[Path, typer.Argument(help="YAML file, as in experiments/.")],
+    seeds: Annotated[int | None, typer.Option(min=1, help="Instead of the file's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; runs/NAME of the experiment if not given.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; all cores if not given.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Remove earlier runs first.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+) -> None:
+    """Tune every method alike, run all over the seeds, and write tables, pictures and a page.
+
+    Run again after an interruption: finished runs are kept.
+    """
+    from fedrot.report.sweep_pages import write_results
+    from fedrot.sweep.analysis import Results
+    from fedrot.sweep.experiment import read_experiment
+    from fedrot.sweep.runner import clear, run_experiment
+
+    changes: dict[str, Any] = {} if seeds is None else {"seeds": seeds}
+    planned = read_experiment(experiment, changes)
+    folder = out or Path("runs") / planned.name
+    if force:
+        clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with progress(quiet) as track:
+        outcomes = run_experiment(planned, folder, workers or cores or 1, track)
+    results = Results(planned, outcomes)
+    written = write_results(results, folder)
+    if not quiet:
+        _print(results)
+        typer.echo(f"report   {written[-1]}")
+
+
+def _print(results: Results) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedrot.report.sweep_pages import failures, tables
+
+    console = Console()
+    # Off a terminal rich would cut the tables at 80 columns.
+    console.width = console.width if console.is_terminal else 160
+    for heading, header, rows in tables(results)[:2]:
+        table = Table(box=SIMPLE_HEAD, title=f"{results.experiment.title}: {heading}")
+        for index, column in enumerate(header):
+            table.add_column(column, justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for sentence in failures(results):
+        typer.echo(sentence)

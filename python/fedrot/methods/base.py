@@ -1,0 +1,159 @@
+"""What a federated LoRA method is: a small frozen object that turns uploads into global factors.
+
+Everything that lasts from one round to the next is in :class:`Server`; a method holds options only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+import fedrot_kernels  # noqa: F401  (registers torch.ops.fedrot)
+from fedrot.factors import Factors, client_major, truncate
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the server keeps between rounds, and a checkpoint holds.
+
+    ``merged``: per module the sum of what was folded into its frozen weight, ``(d, k)``, on the
+    scale of ``B A``; the LoRA scaling is applied where a weight is changed. ``personal``: per
+    client the ``B`` that stays with it. ``head``: trained parameters outside the adapter.
+    """
+
+    factors: Factors
+    rounds: int = 0  # finished ones
+    previous: Factors | None = None  # the global factors of one round earlier
+    merged: dict[str, Tensor] = field(default_factory=dict)
+    personal: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    head: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)  # of the server, flat
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """What clients train and start from, and what the server makes of their uploads.
+
+    Class attributes say what goes together with what: ``folds``, the difference between the exact
+    average and the aggregate goes into the frozen weights; ``personal``, every client keeps its
+    ``B``; ``same_A``, factors mean nothing unless all clients hold one ``A``; ``steady_basis``,
+    the aggregate stays in the basis of the last one, so a server optimizer can follow it.
+    """
+
+    name: ClassVar[str]
+    folds: ClassVar[bool] = False
+    personal: ClassVar[bool] = False
+    same_A: ClassVar[bool] = False
+    steady_basis: ClassVar[bool] = True
+
+    def parts(self, round: int) -> str:
+        """Which factors the clients train in a round (from 0): ``"AB"``, ``"A"`` or ``"B"``."""
+        return "AB"
+
+    def download(self, server: Server, client: int, rank: int | None = None) -> Factors:
+        """What a client starts the round from; ``rank``, where it is below the global one."""
+        return truncate(server.factors, rank)
+
+    def reference(self, server: Server) -> Factors:
+        """What :meth:`aggregate` gets as ``reference``."""
+        return server.factors
+
+    @abstractmethod
+    def aggregate(
+        self,
+        uploads: Sequence[Factors],
+        reference: Factors,
+        weights: Tensor | None = None,
+        *,
+        round: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Factors:
+        """The new global factors.
+
+        Args:
+            uploads: one :class:`Factors` per client, the layers of ``reference``; a client may
+                have a smaller rank.
+            reference: the global factors from which the clients started the round.
+            weights: ``(N,)``, non-negative; ``None`` is uniform.
+            round: number of the round, from 0.
+            generator: for methods that draw; ``None`` gives one that depends on ``round`` alone.
+        """
+
+    def fold(
+        self, uploads: Sequence[Factors], aggregate: Factors, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What to add to the frozen weights beside the new factors: ``(d, k)`` by module, to be
+        multiplied by the LoRA scaling; empty unless the method ``folds``."""
+        return residual(uploads, aggregate, weights) if self.folds else {}
+
+
+def average(
+    uploads: Sequence[Factors],
+    reference: Factors,
+    weights: Tensor | None = None,
+    *,
+    lam: float = 0.0,
+    align: str = "joint",
+    proper: bool = True,
+) -> Factors:
+    """``torch.ops.fedrot.align_aggregate`` on :class:`Factors`; ``lam=0`` is the plain mean."""
+    lora_A, lora_B = client_major(uploads)
+    if list(uploads[0].A) != list(reference.A):
+        raise ValueError(
+            f"clients have layers {list(uploads[0].A)}, the reference has {list(reference.A)}"
+        )
+    A, B = torch.ops.fedrot.align_aggregate(
+        lora_A,
+        lora_B,
+        list(reference.A.values()),
+        list(reference.B.values()),
+        weights,
+        lam=lam,
+        align=align,
+        proper=proper,
+    )
+    return Factors(dict(zip(reference.A, A, strict=True)), dict(zip(reference.B, B, strict=True)))
+
+
+def stacked(
+    uploads: Sequence[Factors], module: str, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(left, right)`` with ``left @ right = sum_i w_i B_i A_i``: ``(d, R)`` and ``(R, k)``,
+    ``R`` the sum of the ranks, in float32 or wider."""
+    w = normalised(weights, len(uploads)).tolist()
+    left = torch.cat([w[i] * wide(u.B[module]) for i, u in enumerate(uploads)], 1)
+    return left, torch.cat([wide(u.A[module]) for u in uploads])
+
+
+def residual(
+    uploads: Sequence[Factors], aggregate: Factors, weights: Tensor | None = None
+) -> dict[str, Tensor]:
+    """``sum_i w_i B_i A_i - B A`` of every module, ``(d, k)``."""
+    out = {}
+    for module, B in aggregate.B.items():
+        left, right = stacked(uploads, module, weights)
+        A = aggregate.A[module]
+        exact = torch.cat([left, -wide(B)], 1) @ torch.cat([right, wide(A)])
+        out[module] = exact.to(B.dtype)
+    return out
+
+
+def normalised(weights: Tensor | None, clients: int) -> Tensor:
+    """The weights with sum 1, in float64; uniform for ``None``."""
+    w = torch.ones(clients) if weights is None else weights
+    return w.double() / w.double().sum()
+
+
+def wide(t: Tensor) -> Tensor:
+    """The dtype to compute in: float64 stays, all else is float32."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def drawing(generator: torch.Generator | None, round: int) -> torch.Generator:
+    """The generator, or where none was given one that the round decides."""
+    return generator or torch.Generator().manual_seed(round)

@@ -1,0 +1,106 @@
+"""Methods that start from the exact average ``sum_i w_i B_i A_i``: FlexLoRA, FedEx-LoRA, FLoRA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from fedrot.factors import Factors
+from fedrot.methods.base import Method, average, drawing, stacked
+
+
+@dataclass(frozen=True)
+class FlexLoRA(Method):
+    """The best rank-r approximation of ``sum_i w_i B_i A_i`` (arXiv 2402.11505).
+
+    ``A`` has orthonormal rows, ``B`` carries the singular values, as published; they are sorted,
+    so a client of smaller rank starts from the best approximation of its own rank.
+    """
+
+    name: ClassVar[str] = "FlexLoRA"
+    steady_basis: ClassVar[bool] = False  # singular vectors turn and swap from round to round
+
+    def aggregate(
+        self,
+        uploads: Sequence[Factors],
+        reference: Factors,
+        weights: Tensor | None = None,
+        *,
+        round: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Factors:
+        A, B = {}, {}
+        for module, like in reference.A.items():
+            A_r, B_r = truncation(*stacked(uploads, module, weights), rank=like.shape[0])
+            A[module], B[module] = A_r.to(like.dtype), B_r.to(like.dtype)
+        return Factors(A, B)
+
+
+@dataclass(frozen=True)
+class FedExLoRA(Method):
+    """Factors are averaged, and what the average misses, ``sum_i w_i B_i A_i - B A``, is folded
+    into the frozen weight: the global model is the exact average (arXiv 2410.09432)."""
+
+    name: ClassVar[str] = "FedEx-LoRA"
+    folds: ClassVar[bool] = True
+    steady_basis: ClassVar[bool] = False  # the residual belongs to the unchanged average
+
+    def aggregate(
+        self,
+        uploads: Sequence[Factors],
+        reference: Factors,
+        weights: Tensor | None = None,
+        *,
+        round: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Factors:
+        return average(uploads, reference, weights)
+
+
+@dataclass(frozen=True)
+class FLoRA(Method):
+    """Factors are stacked, which is exact, and folded into the frozen weight; the next round
+    starts from a fresh adapter (arXiv 2409.05976): ``B = 0`` and an ``A`` that the server draws
+    once a round for all clients, as PEFT does."""
+
+    name: ClassVar[str] = "FLoRA"
+    folds: ClassVar[bool] = True
+    steady_basis: ClassVar[bool] = False
+
+    def aggregate(
+        self,
+        uploads: Sequence[Factors],
+        reference: Factors,
+        weights: Tensor | None = None,
+        *,
+        round: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Factors:
+        generator, A = drawing(generator, round), {}
+        for module, like in reference.A.items():
+            drawn = torch.empty(like.shape, dtype=like.dtype, device=generator.device)
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            A[module] = drawn.to(like.device)
+        return Factors(A, {module: torch.zeros_like(B) for module, B in reference.B.items()})
+
+
+def truncation(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best ``A (rank, k)``, ``B (d, rank)`` for ``left @ right``, which is never formed.
+
+    QR of both stacks, SVD of the small core. The sign of each singular pair is such that the
+    largest entry of its row of ``A`` is positive.
+    """
+    Q_left, R_left = torch.linalg.qr(left)
+    Q_right, R_right = torch.linalg.qr(right.mT)
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
+    A = Vh[:rank] @ Q_right.mT
+    B = Q_left @ (U[:, :rank] * S[:rank])
+    sign = torch.where(A.gather(1, A.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0).to(A.dtype)
+    missing = rank - A.shape[0]  # a layer narrower than the rank
+    return pad(A * sign, (0, 0, 0, missing)), pad(B * sign.mT, (0, missing))

@@ -1,0 +1,87 @@
+"""FedRot-LoRA, and the variants with which its paper takes it apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedrot.factors import Factors
+from fedrot.gauge import regauge
+from fedrot.methods.base import Method, Server, average, drawing, wide
+
+
+@dataclass(frozen=True)
+class FedRot(Method):
+    """Rotate each client toward the reference, then average (FedRot-LoRA, arXiv 2602.23638).
+
+    ``align``: what the rotation is fitted to, ``"joint"``, ``"A"``, ``"B"``, or the paper's
+    ``"alternate"``: round 0 unaligned, then A in odd and B in even rounds.
+
+    For ablations, ``rotation``: ``"random"`` turns every client by a rotation of its own,
+    ``"scale"`` replaces the rotation by the scalar ``s`` that fits ``s A_i`` to ``A_ref`` (or
+    ``s B_i`` to ``B_ref``), to the power ``lam``, the other factor being divided by it. ``lag=2``:
+    the reference is the global adapter of a round before the one that the clients started from.
+    """
+
+    name: ClassVar[str] = "FedRot-LoRA"
+
+    lam: float = 0.4
+    align: str = "joint"
+    proper: bool = True
+    rotation: str = "procrustes"
+    lag: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.lam <= 1.0:
+            raise ValueError(f"lam must lie in [0, 1], got {self.lam}")
+        if self.align not in ("joint", "A", "B", "alternate"):
+            raise ValueError(f"align must be joint, A, B or alternate, got {self.align!r}")
+        if self.rotation not in ("procrustes", "random", "scale"):
+            raise ValueError(f"rotation must be procrustes, random or scale, got {self.rotation!r}")
+        if self.rotation == "scale" and self.align == "joint":
+            raise ValueError("align must be A, B or alternate for rotation=scale, got 'joint'")
+        if self.lag not in (1, 2):
+            raise ValueError(f"lag must be 1 or 2, got {self.lag}")
+
+    def reference(self, server: Server) -> Factors:
+        return server.previous if self.lag == 2 and server.previous else server.factors
+
+    def aggregate(
+        self,
+        uploads: Sequence[Factors],
+        reference: Factors,
+        weights: Tensor | None = None,
+        *,
+        round: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Factors:
+        lam, align = self.lam, self.align
+        if align == "alternate":
+            lam = 0.0 if round == 0 else lam
+            align = "A" if round % 2 else "B"
+        if self.rotation == "random":
+            generator = drawing(generator, round)
+            uploads = [regauge(u, generator, proper=self.proper) for u in uploads]
+        elif self.rotation == "scale":
+            uploads = [_scaled(u, reference, align, lam) for u in uploads]
+        if self.rotation != "procrustes":
+            return average(uploads, reference, weights)
+        return average(uploads, reference, weights, lam=lam, align=align, proper=self.proper)
+
+
+def _scaled(upload: Factors, reference: Factors, align: str, lam: float) -> Factors:
+    A, B = {}, {}
+    for module in upload.A:
+        ours, theirs = (wide(getattr(f, align)[module]) for f in (upload, reference))
+        rank = upload.A[module].shape[0]
+        theirs = theirs[:rank] if align == "A" else theirs[:, :rank]
+        s = (ours * theirs).sum() / ours.square().sum()
+        # Nothing to fit to, as B_ref = 0, or a fit that turns the sign: leave it as it is.
+        s = s**lam if s.isfinite() and s > 0 else torch.ones_like(s)
+        A[module] = upload.A[module] * (s if align == "A" else 1 / s)
+        B[module] = upload.B[module] * (s if align == "B" else 1 / s)
+    return Factors(A, B)

@@ -1,0 +1,199 @@
+"""The files of an experiment: ``report.html``, ``report.md``, ``results.json``, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from fedrot.files import new_file, write_json, write_text
+from fedrot.report import html, plots, sweep_plots
+from fedrot.sweep.analysis import Difference, Results
+from fedrot.sweep.experiment import Cell
+
+Table = tuple[str, list[str], list[list[str]]]  # heading, header, rows
+Pictures = dict[str, tuple[html.Picture, str]]
+Format = Callable[[Results, Cell, str], str]
+
+WORDS = (
+    "Accuracy: mean ± sample standard deviation over seeds, on test examples that no tuning has "
+    "seen. Difference: against the first method, paired by seed, with its 95 % t-interval; * where "
+    "that excludes 0 (each interval on its own: of twenty, one does so by chance). Error: "
+    "Frobenius norm of (weighted mean of B_i A_i) - B A, mean over rounds, along each method's own "
+    "trajectory; error ratio: the same relative to plain averaging of the same uploads."
+)
+
+
+def write_results(results: Results, out: Path) -> list[Path]:
+    """Write everything into ``out``; returns the files, the page last."""
+    pictures = _pictures(results)
+    for name, (picture, _) in pictures.items():
+        with new_file(out / name) as fresh:
+            fresh.write_bytes(picture(theme="light"))
+    write_json(out / "results.json", results.as_tree())
+    write_text(out / "report.md", _markdown(results, pictures))
+    write_text(out / "report.html", _page(results, pictures))
+    names = [*pictures, "results.json", "report.md", "report.html"]
+    return [out / name for name in names]
+
+
+def tables(results: Results) -> list[Table]:
+    """Accuracy, differences, aggregation error, and what was tuned."""
+    found = [
+        ("Accuracy", _accuracy),
+        (f"Difference to {results.methods[0]}", _difference),
+        ("Aggregation error", _error),
+        ("Seconds of aggregation", _seconds),
+    ]
+    out = [_by_method(results, heading, form) for heading, form in found]
+    if results.experiment.tune:
+        trials = len(results.experiment.trials(results.experiment.methods[0]))
+        heading = f"Tuned options ({trials} trials a method and cell)"
+        out.append(_by_method(results, heading, _tuned))
+    return out
+
+
+def failures(results: Results) -> list[str]:
+    """A sentence for each method and cell with runs that diverged."""
+    out = []
+    for o in results.outcomes:
+        if not o.complete:
+            count = sum(s is None for s in o.summaries)
+            where = f" ({o.cell.label})" if o.cell.options else ""
+            out.append(
+                f"{o.variant.label}{where}: {count} of {len(o.summaries)} runs diverged and are "
+                "left out."
+            )
+    return out
+
+
+def _by_method(results: Results, heading: str, form: Format) -> Table:
+    header = ["method", *(cell.label or "all" for cell in results.cells)]
+    rows = [
+        [method, *(form(results, cell, method) for cell in results.cells)]
+        for method in results.methods
+    ]
+    return heading, header, rows
+
+
+def _accuracy(results: Results, cell: Cell, method: str) -> str:
+    return _plus_minus(results.spread(cell, method), ".3f")
+
+
+def _difference(results: Results, cell: Cell, method: str) -> str:
+    found = results.difference(cell, method)
+    if found is None:
+        return "-"
+    star = " *" if found.certain else ""
+    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f}){star}"
+
+
+def _error(results: Results, cell: Cell, method: str) -> str:
+    error = results.spread(cell, method, "aggregation_error")
+    ratio = results.spread(cell, method, "error_ratio")
+    if error is None or ratio is None:
+        return "-"
+    return f"{error[0]:.3g} (ratio {_plus_minus(ratio, '.2f')})"
+
+
+def _seconds(results: Results, cell: Cell, method: str) -> str:
+    return _plus_minus(results.spread(cell, method, "seconds_aggregation"), ".3f")
+
+
+def _tuned(results: Results, cell: Cell, method: str) -> str:
+    tuned = results.of(cell, method).tuned
+    chosen = ", ".join(f"{k.rpartition('.')[2]} {v:g}" for k, v in tuned.options.items())
+    scores = dict((id(options), score) for options, score in tuned.scores)
+    score = scores.get(id(tuned.options))
+    return f"{chosen} ({score:.3f})" if score is not None else chosen or "-"
+
+
+def _plus_minus(found: tuple[float, float | None] | None, form: str) -> str:
+    if found is None:
+        return "-"
+    mean, std = found
+    return format(mean, form) if std is None else f"{mean:{form}} ± {std:{form}}"
+
+
+def _lead(results: Results) -> str:
+    experiment = results.experiment
+    return f"{len(experiment.methods)} methods, {experiment.seeds} seeds."
+
+
+def _page(results: Results, pictures: Pictures) -> str:
+    experiment = results.experiment
+    parts = [html.paragraph(f"Claim: {experiment.claim}")] if experiment.claim else []
+    parts += [html.note(text) for text in failures(results)]
+    for heading, header, rows in tables(results):
+        parts += [html.heading(heading), html.table(header, rows, words=1)]
+    parts += [html.paragraph(WORDS), html.heading("Pictures")]
+    parts += [html.figure(picture, caption) for picture, caption in pictures.values()]
+    return html.page(experiment.title, _lead(results), *parts)
+
+
+def _markdown(results: Results, pictures: Pictures) -> str:
+    experiment = results.experiment
+    lines = [f"# {experiment.title}", "", _lead(results), ""]
+    if experiment.claim:
+        lines += [f"Claim: {experiment.claim}", ""]
+    lines += [f"- {text}" for text in failures(results)]
+    for heading, header, rows in tables(results):
+        lines += [f"## {heading}", "", *markdown_table(header, rows), ""]
+    lines += [WORDS, ""]
+    for name, (_, caption) in pictures.items():
+        lines += [f"![{caption}]({name})", ""]
+    return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _pictures(results: Results) -> Pictures:
+    out: Pictures = {}
+    cells, methods = results.cells, results.methods
+    labels = {cell.label or "all": cell for cell in cells}
+    if len(results.experiment.vary) == 1 and len(cells) > 1:
+        ((axis, values),) = results.experiment.vary.items()
+        lines = {m: [results.spread(cell, m) for cell in cells] for m in methods}
+        out["accuracy.png"] = (
+            partial(sweep_plots.over_axis, axis, list(values), lines, "test accuracy"),
+            f"Test accuracy along {axis}, mean and standard deviation over seeds.",
+        )
+    else:
+        panels = {label: {m: results.spread(c, m) for m in methods} for label, c in labels.items()}
+        out["accuracy.png"] = (
+            partial(sweep_plots.bars, panels, "test accuracy"),
+            "Test accuracy, mean and standard deviation over seeds.",
+        )
+    if len(methods) > 1 and results.experiment.seeds > 1:
+        found = {
+            label: {m: _interval(results.difference(cell, m)) for m in methods[1:]}
+            for label, cell in labels.items()
+        }
+        out["differences.png"] = (
+            partial(sweep_plots.differences, found, f"accuracy against {methods[0]}"),
+            f"Accuracy against {methods[0]}, paired by seed, with 95 % intervals; grey where they "
+            "hold 0.",
+        )
+    ratios = {
+        label: {m: results.spread(cell, m, "error_ratio") for m in methods}
+        for label, cell in labels.items()
+    }
+    out["error-ratio.png"] = (
+        partial(sweep_plots.bars, ratios, "aggregation error / plain averaging", line=1.0),
+        "Aggregation error relative to plain averaging of the same uploads.",
+    )
+    for label, cell in labels.items():
+        curves = {m: c for m in methods if (c := results.curves(cell, m))}
+        if curves and all(len(seed) > 2 for seeds in curves.values() for seed in seeds):
+            out[f"rounds-{cell.folder}.png"] = (
+                partial(plots.mean_curves, curves, label),
+                f"{label}: test accuracy over rounds, mean and standard deviation over seeds.",
+            )
+    return out
+
+
+def _interval(found: Difference | None) -> tuple[float, float, float] | None:
+    return None if found is None else (found.mean, found.low, found.high)

@@ -1,0 +1,111 @@
+"""Pictures of an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fedrot.report.plots import COLORS, PLAIN, THEMES, png_bytes, themed_figure
+
+MARKERS = "os^Dv<>P*X"
+
+Spread = tuple[float, float | None] | None
+Interval = tuple[float, float, float] | None  # mean, low, high
+
+
+def over_axis(
+    axis: str,
+    values: Sequence[float],
+    lines: Mapping[str, Sequence[Spread]],
+    ylabel: str,
+    theme: str = "light",
+) -> bytes:
+    """Mean and standard deviation over seeds along a varied option, a line a method."""
+    with themed_figure(theme, 1, width=8.4, height=4.4) as (figure, (ax,)):
+        xs = np.arange(len(values))
+        for index, (label, points) in enumerate(lines.items()):
+            shown = [(x, *p) for x, p in zip(xs, points, strict=True) if p is not None]
+            # A little apart, so that bars of equal means do not hide each other.
+            shift = (index - (len(lines) - 1) / 2) * 0.3 / max(len(lines), 1)
+            ax.errorbar(
+                [x + shift for x, _, _ in shown],
+                [mean for _, mean, _ in shown],
+                yerr=[std or 0.0 for _, _, std in shown],
+                label=label,
+                color=COLORS[index % len(COLORS)],
+                marker=MARKERS[index % len(MARKERS)],
+                linestyle="-" if index < len(COLORS) else "--",
+                markersize=5,
+                linewidth=1.2,
+                elinewidth=0.8,
+                capsize=2,
+            )
+        ax.set_xticks(
+            xs, [f"{value:g}" if isinstance(value, int | float) else str(value) for value in values]
+        )
+        ax.set_xlabel(axis)
+        ax.set_ylabel(ylabel)
+        figure.legend(loc="outside right upper", frameon=False)
+        return png_bytes(figure)
+
+
+def differences(
+    panels: Mapping[str, Mapping[str, Interval]], xlabel: str, theme: str = "light"
+) -> bytes:
+    """Paired difference against the baseline with its 95 % interval, a panel a cell."""
+    labels = list(next(iter(panels.values())))
+    height = 1.1 + 0.28 * len(labels)
+    with themed_figure(theme, len(panels), width=2.4 + 2.6 * len(panels), height=height) as (
+        figure,
+        axes,
+    ):
+        for ax, (title, rows) in zip(axes, panels.items(), strict=True):
+            ax.axvline(0, color=THEMES[theme]["soft"], linewidth=1)
+            for y, label in enumerate(labels):
+                if (found := rows[label]) is None:
+                    continue
+                mean, low, high = found
+                certain = low > 0 or high < 0
+                color = COLORS[0] if certain else PLAIN
+                ax.errorbar(
+                    mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3
+                )
+            ax.set_title(title, loc="left", fontsize=10)
+            ax.set_ylim(len(labels) - 0.5, -0.5)
+            ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
+            ax.grid(axis="y", visible=False)
+        axes[len(axes) // 2].set_xlabel(xlabel)
+        return png_bytes(figure)
+
+
+def bars(
+    panels: Mapping[str, Mapping[str, Spread]],
+    xlabel: str,
+    *,
+    line: float | None = None,
+    theme: str = "light",
+) -> bytes:
+    """Mean and standard deviation as horizontal bars, a panel a cell; ``line``: a value to
+    compare with."""
+    labels = list(next(iter(panels.values())))
+    height = 1.1 + 0.28 * len(labels)
+    with themed_figure(theme, len(panels), width=2.4 + 2.6 * len(panels), height=height) as (
+        figure,
+        axes,
+    ):
+        for ax, (title, rows) in zip(axes, panels.items(), strict=True):
+            for y, label in enumerate(labels):
+                if (found := rows[label]) is None:
+                    continue
+                mean, std = found
+                ax.barh(y, mean, xerr=std or 0.0, color=COLORS[0], height=0.7, capsize=2,
+                        ecolor=THEMES[theme]["ink"])  # fmt: skip
+            if line is not None:
+                ax.axvline(line, color=THEMES[theme]["soft"], linewidth=1, linestyle="--")
+            ax.set_title(title, loc="left", fontsize=10)
+            ax.set_ylim(len(labels) - 0.5, -0.5)
+            ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
+            ax.grid(axis="y", visible=False)
+        axes[len(axes) // 2].set_xlabel(xlabel)
+        return png_bytes(figure)

@@ -1,0 +1,1 @@
+"""Experiments: many methods over a range of conditions, tuned alike, over many seeds."""

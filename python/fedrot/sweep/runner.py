@@ -1,0 +1,191 @@
+"""Runs of an experiment on the cores there are; finished ones are kept."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import statistics
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedrot.config import Config
+from fedrot.errors import Diverged
+from fedrot.files import write_json
+from fedrot.options import Tree
+from fedrot.simulation.comparison import Variant
+from fedrot.simulation.run_dir import RunDir, open_run
+from fedrot.sweep.experiment import TUNE_SEED, Cell, Experiment
+from fedrot.tasks.base import Track, no_progress
+
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run and its folder."""
+
+    config: Config
+    path: Path
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The trial that was best on validation, and what all of them reached there."""
+
+    options: Tree
+    scores: list[tuple[Tree, float | None]]  # None: diverged
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method in one cell: the tuned options, and a summary a seed (``None``: it failed)."""
+
+    cell: Cell
+    variant: Variant
+    tuned: Tuned
+    summaries: list[Summary | None]
+    folders: list[Path]
+
+    @property
+    def complete(self) -> bool:
+        return all(s is not None for s in self.summaries)
+
+
+def run_experiment(
+    experiment: Experiment, out: Path, workers: int, track: Track = no_progress
+) -> list[Outcome]:
+    """Tune every method in every cell, then run it over the seeds; a run that is already finished
+    in ``out`` is kept, so an interrupted sweep goes on where it stopped.
+
+    Raises:
+        FedrotError: ``out`` holds runs of another configuration.
+    """
+    pairs = [(cell, variant) for cell in experiment.cells for variant in experiment.methods]
+    trials = {variant.label: experiment.trials(variant) for variant in experiment.methods}
+    tuning: dict[tuple[str, str, int, int], Job] = {}
+    for cell, variant in pairs:
+        options = trials[variant.label]
+        for index, trial in enumerate(options if len(options) > 1 else []):
+            for seed in range(experiment.tune_seeds):
+                config = experiment.config(cell, variant, trial, TUNE_SEED + seed, tuning=True)
+                folder = out / "tuning" / cell.folder / variant.folder / f"trial-{index:02d}"
+                tuning[cell.folder, variant.folder, index, seed] = Job(
+                    config, folder / f"seed-{seed}"
+                )
+    found = _run(list(tuning.values()), workers, track, "tuning")
+
+    chosen: dict[tuple[str, str], Tuned] = {}
+    for cell, variant in pairs:
+        scores: list[tuple[Tree, float | None]] = []
+        for index, trial in enumerate(trials[variant.label]):
+            jobs = [
+                tuning.get((cell.folder, variant.folder, index, seed))
+                for seed in range(experiment.tune_seeds)
+            ]
+            values = [_accuracy(found.get(job.path)) for job in jobs if job is not None]
+            real = [v for v in values if v is not None]
+            scores.append(
+                (trial, statistics.fmean(real) if real and len(real) == len(values) else None)
+            )
+        best = max(scores, key=lambda pair: -1.0 if pair[1] is None else pair[1])
+        chosen[cell.folder, variant.folder] = Tuned(best[0], scores)
+
+    finals: dict[tuple[str, str], list[Job]] = {}
+    for cell, variant in pairs:
+        key = cell.folder, variant.folder
+        finals[key] = [
+            Job(
+                experiment.config(cell, variant, chosen[key].options, seed, tuning=False),
+                out / "runs" / cell.folder / variant.folder / f"seed-{seed}",
+            )
+            for seed in range(experiment.first_seed, experiment.first_seed + experiment.seeds)
+        ]
+    found = _run([job for jobs in finals.values() for job in jobs], workers, track, "runs")
+    return [
+        Outcome(
+            cell,
+            variant,
+            chosen[cell.folder, variant.folder],
+            [found[job.path] for job in finals[cell.folder, variant.folder]],
+            [job.path for job in finals[cell.folder, variant.folder]],
+        )
+        for cell, variant in pairs
+    ]
+
+
+def clear(out: Path) -> None:
+    """Remove the runs of an earlier sweep, and nothing else."""
+    for name in ("tuning", "runs"):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _accuracy(summary: Summary | None) -> float | None:
+    return None if summary is None else float(summary["accuracy"])
+
+
+def _run(jobs: Sequence[Job], workers: int, track: Track, label: str) -> dict[Path, Summary | None]:
+    """The summary of every job by its folder; ``None`` where local training diverged."""
+    found: dict[Path, Summary | None] = {}
+    todo = []
+    for job in jobs:
+        if (failure := _failure(job)) is not None:
+            found[job.path] = None if failure else RunDir(job.path).summary()
+        else:
+            todo.append(job)
+    if todo:
+        todo[0].config.task.prepare(todo[0].config.seed, track)  # once, not in every process
+    for job, summary in track(_Finished(todo, workers), label):
+        found[job.path] = summary
+    return found
+
+
+def _failure(job: Job) -> bool | None:
+    """``None``: still to run; else whether it has failed. A finished run must be the same one."""
+    run = RunDir(job.path)
+    if (job.path / "failed.json").is_file():
+        failed = json.loads((job.path / "failed.json").read_text(encoding="utf-8"))
+        return True if failed["config"] == job.config.tree() else None
+    if run.finished:
+        open_run(job.path, job.config.tree(), resume=True)  # refuses another configuration
+        return False
+    return None
+
+
+class _Finished:
+    """The jobs with their summaries, in the order in which they finish."""
+
+    def __init__(self, jobs: Sequence[Job], workers: int) -> None:
+        self.jobs, self.workers = jobs, workers
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __iter__(self) -> Iterator[tuple[Job, Summary | None]]:
+        if self.workers == 1 or len(self.jobs) < 2:
+            for job in self.jobs:
+                yield job, _one(job)
+            return
+        # Not forked: PyTorch's threads do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(self.workers, len(self.jobs)), context) as pool:
+            futures = {pool.submit(_one, job): job for job in self.jobs}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _one(job: Job) -> Summary | None:
+    from fedrot.simulation.rounds import federate
+
+    try:
+        return federate(job.config, job.path, resume=True, report=False)
+    except Diverged as error:
+        write_json(job.path / "failed.json", {"config": job.config.tree(), "error": str(error)})
+        return None

@@ -1,0 +1,234 @@
+"""Text on a transformers model: what hub tasks share, and `text`, a user's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fedrot.errors import FedrotError
+from fedrot.options import option
+from fedrot.tasks import base as shared
+from fedrot.tasks.base import Batch, TaskData, Track, no_progress, query_and_value
+from fedrot.tasks.cache import quiet
+from fedrot.tasks.encode import classification, codes, generation, tokenizer_of
+from fedrot.tasks.hub import Columns, column, data_folder, model_folder, read_file, read_part
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """Options of every text task.
+
+    ``model``, ``data``: a folder, or a repository of the Hugging Face hub. ``max_train``,
+    ``max_test``: that many examples, drawn by the run's seed. ``dtype``: of the frozen model.
+    """
+
+    preset: ClassVar[dict[str, Any]] = {}
+
+    model: str = option("")
+    data: str = option("")
+    max_length: int = option(128, at_least=4)
+    max_train: int | None = option(None, at_least=1)
+    max_test: int | None = option(None, at_least=1)
+    dtype: str = option("float32", choices=DTYPES)
+    eval_batch: int = option(64, at_least=1)
+
+    def load_model(self, data: TaskData) -> nn.Module:
+        return load_model(data, self.dtype)
+
+    def lora_targets(self, model: nn.Module) -> list[str]:
+        return query_and_value(model)
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        return shared.evaluate(model, batch, self.eval_batch)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Encoded examples: ``kept`` of the ``n`` rows of the file, in their order."""
+
+    batch: Batch
+    kept: Tensor
+    left_out: int = 0
+
+    def first(self, count: int | None, seed: int) -> Examples:
+        """``count`` of them, drawn at random."""
+        n = len(self.kept)
+        if count is None or count >= n:
+            return self
+        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count]
+        rows = chosen.sort().values
+        batch = {key: value[rows] for key, value in self.batch.items()}
+        return replace(self, batch=batch, kept=self.kept[rows])
+
+
+def load_model(data: TaskData, dtype: str = "float32") -> nn.Module:
+    """A classifier for ``data.classes`` classes, or a language model where these are 0."""
+    import transformers
+
+    kind = "AutoModelForSequenceClassification" if data.classes else "AutoModelForCausalLM"
+    head = {"num_labels": data.classes, "ignore_mismatched_sizes": True} if data.classes else {}
+    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    precision = "dtype" if release >= (4, 56) else "torch_dtype"
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(data.seed)  # of a head that the folder lacks
+        try:
+            model = getattr(transformers, kind).from_pretrained(
+                data.base, **{precision: getattr(torch, dtype)}, **head
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise FedrotError(f"{data.base} does not load as a model ({reason})") from error
+    # Right after what is read, whatever the model was saved with.
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer_of(data.base).eos_token_id
+    return model.eval().requires_grad_(False)
+
+
+def classify_examples(
+    base: Path, texts: Sequence[Sequence[Any]], labels: Tensor, longest: int
+) -> Examples:
+    """``texts``: one or two columns; ``labels`` ``(n,)`` from 0."""
+    strings = [[str(value) for value in values] for values in texts]
+    batch = classification(tokenizer_of(base), strings, longest)
+    return Examples({**batch, "labels": labels}, torch.arange(len(labels)))
+
+
+def generate_examples(
+    base: Path, prompts: Sequence[str], answers: Sequence[str], longest: int
+) -> Examples:
+    batch, kept = generation(tokenizer_of(base), prompts, answers, longest)
+    return Examples(batch, kept, len(prompts) - len(kept))
+
+
+@dataclass(frozen=True)
+class Text(TextTask):
+    """A user's own examples and model.
+
+    ``data``: a JSONL, CSV or Parquet file, or a folder with a ``train`` and perhaps a ``test``
+    file; ``test``: the file of the test part, else ``test_fraction`` of the examples.
+    Classification where the file has the columns ``text`` and ``label``, generation where it has
+    ``prompt`` and ``answer``; the options of these names give them other names. Every further
+    column may be the ``clients.column`` of the partition.
+    """
+
+    title: ClassVar[str] = "text: own examples"
+
+    test: str | None = option(None)
+    test_fraction: float = option(0.2, above=0, below=1)
+    kind: str = option("auto", choices=("auto", "classification", "generation"))
+    text: str = option("text")
+    label: str = option("label")
+    prompt: str = option("prompt")
+    answer: str = option("answer")
+
+    def prepare(self, seed: int, track: Track = no_progress) -> TaskData:
+        for key in ("model", "data"):
+            if not getattr(self, key):
+                raise FedrotError(f"task.{key} must be given: --task text task.{key}=PATH")
+        train, test = self._read(seed)
+        base = model_folder(self.model)
+        if self._kind(train) == "classification":
+            return self._classification(base, train, test, seed)
+        return self._generation(base, train, test, seed)
+
+    def _read(self, seed: int) -> tuple[Columns, Columns]:
+        data = Path(self.data).expanduser()
+        if data.is_file():
+            train = read_file(data)
+        else:
+            data = data_folder(self.data)
+            train = read_part(data, "train")
+        if self.test:
+            return train, read_file(Path(self.test).expanduser())
+        if data.is_dir() and any("test" in file.name for file in data.iterdir()):
+            return train, read_part(data, "test")
+        n = len(next(iter(train.values())))
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+        cut = max(1, round(self.test_fraction * n))
+        held, kept = sorted(order[:cut]), sorted(order[cut:])
+        return (
+            {name: [values[i] for i in kept] for name, values in train.items()},
+            {name: [values[i] for i in held] for name, values in train.items()},
+        )
+
+    def _kind(self, columns: Columns) -> str:
+        if self.kind != "auto":
+            return self.kind
+        if self.text in columns and self.label in columns:
+            return "classification"
+        if self.prompt in columns and self.answer in columns:
+            return "generation"
+        raise FedrotError(
+            f"task.data={self.data} must have the columns {self.text} and {self.label}, or "
+            f"{self.prompt} and {self.answer}; it has {', '.join(columns)}"
+        )
+
+    def _classification(self, base: Path, train: Columns, test: Columns, seed: int) -> TaskData:
+        labels, names = codes(column(train, [self.label], self.data))
+        index = {name: i for i, name in enumerate(names)}
+        wanted = column(test, [self.label], "the test part")
+        if unknown := [value for value in wanted if value not in index]:
+            raise FedrotError(f"the test part has the label {unknown[0]!r}, the training part not")
+        parts = [
+            classify_examples(
+                base, [column(columns, [self.text], self.data)], targets, self.max_length
+            )
+            for columns, targets in (
+                (train, labels),
+                (test, torch.tensor([index[value] for value in wanted])),
+            )
+        ]
+        return assemble(self, base, parts, train, seed, classes=len(names), facts={"labels": names})
+
+    def _generation(self, base: Path, train: Columns, test: Columns, seed: int) -> TaskData:
+        parts = [
+            generate_examples(
+                base,
+                [str(value) for value in column(columns, [self.prompt], self.data)],
+                [str(value) for value in column(columns, [self.answer], self.data)],
+                self.max_length,
+            )
+            for columns in (train, test)
+        ]
+        return assemble(self, base, parts, train, seed)
+
+
+def assemble(
+    task: TextTask,
+    base: Path,
+    parts: Sequence[Examples],
+    columns: Columns,
+    seed: int,
+    *,
+    classes: int = 0,
+    split_by: str | None = None,
+    facts: dict[str, Any] | None = None,
+) -> TaskData:
+    """The task's data from its encoded ``parts``, training and test.
+
+    ``columns`` are those of the training file; short ones of them can be partitioned by. A
+    classification is split by its labels, a generation by the column ``split_by`` or evenly.
+    """
+    train, test = parts
+    known = dict(facts or {})
+    if left_out := train.left_out + test.left_out:
+        known["too_long"] = left_out
+    train, test = train.first(task.max_train, seed), test.first(task.max_test, seed)
+    rows = train.kept.tolist()
+    groups = {}
+    for name, values in columns.items():
+        if all(isinstance(values[i], str | int | bool | None) for i in rows):
+            found, distinct = codes(values[i] for i in rows)
+            if len(distinct) < len(rows):
+                groups[name] = found
+    labels = train.batch["labels"]
+    if not classes:
+        labels = groups[split_by] if split_by in groups else torch.zeros(len(rows)).long()
+    return TaskData(base, train.batch, test.batch, labels, known, groups, classes, seed)

@@ -1,0 +1,187 @@
+"""Experiments: equal budgets, runs that are kept, and numbers that are those of the runs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+import yaml
+from small import SMALL_ONE_SHOT
+from typer.testing import CliRunner
+
+from fedrot.cli import app
+from fedrot.errors import FedrotError
+from fedrot.options import flatten, parse_overrides
+from fedrot.report.sweep_pages import failures, tables
+from fedrot.simulation.run_dir import RunDir
+from fedrot.sweep.analysis import Results, paired
+from fedrot.sweep.experiment import TUNE_SEED, read_experiment
+from fedrot.sweep.runner import run_experiment
+
+TINY = {
+    "title": "A try",
+    "claim": "None.",
+    "options": {**flatten(parse_overrides(SMALL_ONE_SHOT)), "rounds": 2},
+    "vary": {"clients.alpha": [0.3, 10.0]},
+    "methods": ["fedit", "fedrot", "fedrot:lam=0.5:align=A"],
+    "tune": {"local.lr": [0.1, 1.0], "method.lam": [0.4, 1.0]},
+    "tune_seeds": 1,
+    "seeds": 2,
+}
+
+
+def write(folder, **changes):
+    path = folder / "try.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
+    return path
+
+
+def test_every_method_gets_the_same_number_of_trials(tmp_path):
+    experiment = read_experiment(
+        write(tmp_path, tune={"local.lr": [0.1, 0.3, 1.0], "method.lam": [0.4, 1.0]})
+    )
+    fedit, fedrot, fixed = (experiment.trials(variant) for variant in experiment.methods)
+    assert len(fedit) == len(fedrot) == len(fixed) == 6
+    assert fedrot[:3] == [
+        {"local.lr": 0.1, "method.lam": 0.4},
+        {"local.lr": 0.1, "method.lam": 1.0},
+        {"local.lr": 0.3, "method.lam": 0.4},
+    ]
+    # 0.1 to 1 in five equal ratios: 10^(1/5) = 1.585.
+    assert [t["local.lr"] for t in fedit] == [0.1, 0.158, 0.251, 0.398, 0.631, 1.0]
+    assert fixed == fedit
+    assert read_experiment(write(tmp_path, tune={})).trials(experiment.methods[0]) == [{}]
+
+
+def test_tuning_sees_neither_the_test_part_nor_the_seeds(tmp_path):
+    experiment = read_experiment(write(tmp_path))
+    cell, variant = experiment.cells[1], experiment.methods[2]
+    trial = {"local.lr": 0.1}
+    tuning = experiment.config(cell, variant, trial, TUNE_SEED, tuning=True)
+    final = experiment.config(cell, variant, trial, 1, tuning=False)
+    assert (tuning.validation, final.validation) == (0.2, 0.0)
+    assert tuning.seed >= TUNE_SEED > final.seed
+    for config in (tuning, final):
+        assert config.clients.alpha == 10.0 and config.local.lr == 0.1 and config.local.steps == 3
+        assert (config.method.lam, config.method.align) == (0.5, "A")
+
+
+def test_a_cell_may_be_several_options(tmp_path):
+    training = [{"local.optimizer": "adam", "local.lr": 0.01}, {"local.lr": 0.2}]
+    vary = {"training": training, "clients.alpha": [0.3]}
+    experiment = read_experiment(write(tmp_path, vary=vary, tune={}))
+    assert [cell.label for cell in experiment.cells] == [
+        "training adam 0.01, alpha 0.3",
+        "training 0.2, alpha 0.3",
+    ]
+    assert experiment.cells[0].folder == "training-adam-0.01_alpha-0.3"
+    configs = [
+        experiment.config(cell, experiment.methods[0], {}, 0, tuning=False)
+        for cell in experiment.cells
+    ]
+    assert [(c.local.optimizer, c.local.lr) for c in configs] == [("adam", 0.01), ("sgd", 0.2)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": ["fedit"]}, "unknown key 'method'"),
+        ({"methods": []}, "methods is missing"),
+        ({"methods": ["fedti"]}, "unknown method 'fedti'; did you mean 'fedit'?"),
+        ({"methods": ["fedit", "fedit"]}, "methods names FedIT twice"),
+        ({"vary": {"clients.alpha": 3}}, "vary.clients.alpha must be a list of values, got 3"),
+        ({"vary": {"clients.alpa": [3]}}, "FedIT, alpa 3: unknown option 'clients.alpa'"),
+        ({"tune": {"local.lr": [0.0, 1.0]}}, "local.lr must be above 0"),
+        ({"tune": {"method.lam": [0.4, 1.0]}}, "FedIT, alpha 0.3: tune: no axis of this method"),
+        ({"seeds": 0}, "seeds must be a whole number of at least 1"),
+    ],
+    ids=str,
+)
+def test_errors(tmp_path, changes, message):
+    with pytest.raises(FedrotError) as error:
+        read_experiment(write(tmp_path, **changes))
+    assert message in str(error.value) and "try.yaml" in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    result = CliRunner().invoke(
+        app, ["sweep", str(write(folder)), "--out", str(folder / "out"), "--workers", "1"]
+    )
+    assert result.exit_code == 0, result.output
+    return folder, result.output
+
+
+def test_the_numbers_are_those_of_the_runs(finished):
+    folder, output = finished
+    found = json.loads((folder / "out" / "results.json").read_text())
+    assert len(found["results"]) == 2 * 3
+    for row in found["results"]:
+        name = {"FedIT": "fedit", "FedRot-LoRA": "fedrot"}.get(
+            row["method"], "fedrot-lam-0.5-align-A"
+        )
+        runs = folder / "out" / "runs" / f"alpha-{row['cell']['clients.alpha']}" / name
+        summaries = [RunDir(runs / f"seed-{seed}").summary() for seed in range(2)]
+        accuracies = [s["accuracy"] for s in summaries]
+        assert row["accuracy"]["values"] == accuracies
+        assert row["accuracy"]["mean"] == pytest.approx(statistics.fmean(accuracies))
+        best = max(t["validation_accuracy"] for t in row["trials"])
+        chosen = next(t for t in row["trials"] if t["options"] == row["tuned"])
+        assert chosen["validation_accuracy"] == best and len(row["trials"]) == 4
+        config = flatten(yaml.safe_load((runs / "seed-1" / "config.yaml").read_text()))
+        assert {key: config[key] for key in row["tuned"]} == row["tuned"]
+        ratios = [s["aggregation_error"] / s["aggregation_error_plain"] for s in summaries]
+        assert row["error_ratio"]["values"] == pytest.approx(ratios)
+        if row["method"] == "FedIT":
+            assert row["error_ratio"]["values"] == pytest.approx([1.0, 1.0])
+    assert "A try: Accuracy" in output and "FedRot-LoRA lam=0.5 align=A" in output
+    text = (folder / "out" / "report.md").read_text()
+    assert "## Tuned options (4 trials a method and cell)" in text
+    for picture in ("accuracy.png", "differences.png", "error-ratio.png", "rounds-alpha-0.3.png"):
+        assert (folder / "out" / picture).read_bytes().startswith(b"\x89PNG")
+        assert picture in text
+    assert (folder / "out" / "report.html").read_text().count("<figure>") == 5
+
+
+def test_finished_runs_are_kept(finished, monkeypatch):
+    folder, _ = finished
+    experiment = read_experiment(folder / "try.yaml")
+    monkeypatch.setattr("fedrot.sweep.runner._one", None)  # nothing is left to run
+    outcomes = run_experiment(experiment, folder / "out", workers=1)
+    assert all(outcome.complete for outcome in outcomes)
+    changed = read_experiment(write(folder / "out", options={**TINY["options"], "rounds": 3}))
+    with pytest.raises(FedrotError, match="was started with rounds=2, now it is 3"):
+        run_experiment(changed, folder / "out", workers=1)
+
+
+def test_several_workers_give_the_same_numbers(tmp_path):
+    experiment = read_experiment(write(tmp_path, tune={}, vary={}, methods=["fedit", "fedrot"]))
+    alone = run_experiment(experiment, tmp_path / "one", workers=1)
+    together = run_experiment(experiment, tmp_path / "two", workers=2)
+    for a, b in zip(alone, together, strict=True):
+        assert [s["accuracy"] for s in a.summaries] == [s["accuracy"] for s in b.summaries]
+        assert [s["loss"] for s in a.summaries] == [s["loss"] for s in b.summaries]
+
+
+def test_a_run_that_diverges_is_left_out_and_named(tmp_path):
+    options = {**TINY["options"], "local.lr": 1e30}
+    experiment = read_experiment(
+        write(tmp_path, options=options, tune={}, vary={}, methods=["fedit", "fedrot"])
+    )
+    results = Results(experiment, run_experiment(experiment, tmp_path / "out", workers=1))
+    assert [o.complete for o in results.outcomes] == [False, False]
+    assert failures(results)[0] == "FedIT: 2 of 2 runs diverged and are left out."
+    assert tables(results)[0][2] == [["FedIT", "-"], ["FedRot-LoRA", "-"]]
+    again = run_experiment(experiment, tmp_path / "out", workers=1)
+    assert [o.summaries for o in again] == [[None, None], [None, None]]
+
+
+def test_paired_interval_by_hand():
+    """Differences 1, 2, 3: mean 2, std 1, t(0.975, 2) = 4.3027, half width 4.3027 / sqrt(3)."""
+    found = paired([1.0, 2.0, 3.0])
+    assert found.mean == 2.0 and found.pairs == 3
+    assert found.low == pytest.approx(2 - 4.30265 / 3**0.5, abs=1e-4)
+    assert not found.certain and paired([1.0, 1.1, 0.9]).certain
+    assert paired([1.0]) is None

@@ -1,0 +1,158 @@
+"""Triton's kernels without a GPU: their values in the interpreter, and that they compile."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from problems import planted
+from triton_checks import CHECKS
+
+triton = pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str | None]:
+    """What went wrong with each check, or ``None``."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "triton_checks.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_values_in_the_interpreter(interpreted, name):
+    assert interpreted[name] is None, interpreted[name]
+
+
+def test_forced_for_cpu_tensors():
+    """FEDROT_BACKEND=triton in the interpreter: the operators and Plan run Triton's kernels."""
+    script = (
+        "import torch\n"
+        "from problems import planted\n"
+        "from fedrot_kernels import Plan, backends\n"
+        "from fedrot_kernels.backends import reference, triton\n"
+        "assert backends.chosen['cpu'] == 'triton'\n"
+        "inputs = planted(2, [(9, 7, 2)])\n"
+        "plan = Plan(*inputs)\n"
+        "assert isinstance(plan._runner, triton.Runner)\n"
+        "plan()\n"
+        "A, B = torch.ops.fedrot.align_aggregate(*inputs)\n"
+        "assert torch.equal(plan.A[0], A[0]) and torch.equal(plan.B[0], B[0])\n"
+        "expected, _ = reference.align_aggregate(*inputs)\n"
+        "torch.testing.assert_close(A[0], expected[0], atol=1e-5, rtol=0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "TRITON_INTERPRET": "1", "FEDROT_BACKEND": "triton"}
+        | {"PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+POINTERS = {
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+}
+# What every program of a target may take of shared memory.
+TARGETS = {
+    "sm_80": ("cuda", 80, 32, 99 * 1024),
+    "sm_90": ("cuda", 90, 32, 99 * 1024),
+    "sm_100": ("cuda", 100, 32, 99 * 1024),
+    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+}
+
+
+def compiled(kernel, target: str, arguments: dict[str, object]):
+    """The kernel as a launch with these arguments would have it compiled."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    arguments = dict(arguments)
+    options = {"num_warps": arguments.pop("num_warps")}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments.pop(parameter.name)
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i64" if abs(value) >= 1 << 31 else "i32"
+    assert not arguments, "arguments that the kernel does not have"
+    source = ASTSource(kernel, signature, constants, attributes)
+    *gpu, shared = TARGETS[target]
+    result = triton.compile(source, target=GPUTarget(*gpu), options=options)
+    assert result.metadata.shared <= shared
+    return result
+
+
+@pytest.mark.parametrize(
+    ("target", "client", "out", "r"),
+    [
+        *((target, torch.bfloat16, torch.bfloat16, 16) for target in TARGETS),
+        ("sm_80", torch.float32, torch.float32, 4),
+        ("sm_90", torch.float64, torch.float64, 3),
+        ("sm_90", torch.bfloat16, torch.float32, 20),
+        ("gfx942", torch.float16, torch.float64, 8),
+    ],
+    ids=str,
+)
+def test_compiles(target, client, out, r, tmp_path, monkeypatch):
+    """Every launch of a call, for GPUs that need not be there."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("nothing is compiled in the interpreter")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from fedrot_kernels.backends import triton as backend
+    from fedrot_kernels.backends.gpu import Layout
+
+    inputs = planted(2, [(64, 48, r)], client)
+    inputs.ref_A[:], inputs.ref_B[:] = (
+        [t.to(out) for t in side] for side in (inputs.ref_A, inputs.ref_B)
+    )
+    outputs = [torch.empty_like(inputs.ref_A[0])], [torch.empty_like(inputs.ref_B[0])]
+    weights = torch.ones(2, dtype=torch.float64)
+    layout = Layout(tuple(inputs), weights, 0.4, "joint", out=outputs)
+    launched = []
+    for name in ("covariance_kernel", "rotation_kernel", "apply_kernel"):
+        kernel = getattr(backend, name)
+        recorder = Recorder(lambda arguments, kernel=kernel: launched.append((kernel, arguments)))
+        monkeypatch.setattr(backend, name, recorder)
+    backend.Launches(layout, 0.4, True, True, None)()
+    assert len(launched) == 4
+    for kernel, arguments in launched:
+        code = compiled(kernel, target, arguments).asm
+        if target == "gfx942":
+            assert code["hsaco"]
+        else:
+            assert code["cubin"]
+            assert "tf32" not in code["ptx"]
+            if r % 8 == 0 and kernel is not launched[1][0]:
+                assert "0x10" in code["ptx"] or "global.v4" in code["ptx"], "no wide loads"
+
+
+class Recorder:
+    """Stands for a kernel: ``kernel[grid](**arguments)``."""
+
+    def __init__(self, record) -> None:
+        self._record = record
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self._record(arguments)

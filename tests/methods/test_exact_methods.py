@@ -1,0 +1,194 @@
+"""FlexLoRA, FedEx-LoRA, FLoRA and LoRA-FAIR against dense float64 computations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedrot.factors import Factors, truncate
+from fedrot.methods import FedExLoRA, FedIT, FlexLoRA, FLoRA, LoRAFAIR
+from fedrot.methods.exact import truncation
+from fedrot.methods.fair import corrected
+from fedrot.metrics import aggregation_error
+
+SHAPES = {"wide": (12, 30), "tall": (33, 9), "narrow": (3, 20)}  # (d, k); 3 < r
+R = 4
+
+
+def federation(clients=5, ranks=None, dtype=torch.float32, seed=0, drift=0.5):
+    """Uploads that drifted from one reference, in the given ranks."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    def near(reference):
+        return Factors(
+            {m: (A + drift * normal(*A.shape)).to(dtype) for m, A in reference.A.items()},
+            {m: (B + drift * normal(*B.shape)).to(dtype) for m, B in reference.B.items()},
+        )
+
+    reference = Factors(
+        {m: normal(R, k) / k**0.5 for m, (_, k) in SHAPES.items()},
+        {m: normal(d, R) for m, (d, _) in SHAPES.items()},
+    )
+    uploads = [near(reference) for _ in range(clients)]
+    if ranks:
+        uploads = [truncate(u, r) for u, r in zip(uploads, ranks, strict=True)]
+    reference = Factors(
+        *({m: t.to(dtype) for m, t in f.items()} for f in (reference.A, reference.B))
+    )
+    return uploads, reference, torch.rand(clients, generator=g) + 0.1
+
+
+def exact(uploads, module, weights=None):
+    w = torch.ones(len(uploads)) if weights is None else weights
+    w = w.double() / w.double().sum()
+    return sum(w[i] * u.B[module].double() @ u.A[module].double() for i, u in enumerate(uploads))
+
+
+def product(factors, module):
+    return factors.B[module].double() @ factors.A[module].double()
+
+
+@pytest.mark.parametrize("ranks", [None, (4, 1, 2, 4, 3)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_flexlora_is_the_dense_truncation(ranks, weighted):
+    uploads, reference, weights = federation(ranks=ranks)
+    out = FlexLoRA().aggregate(uploads, reference, weights if weighted else None)
+    for module in SHAPES:
+        U, S, Vh = torch.linalg.svd(exact(uploads, module, weights if weighted else None), False)
+        scale = float(S[0])
+        for rank in range(1, R + 1):  # a client of smaller rank gets the best of its own rank
+            own = truncate(out, rank)
+            best = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+            assert float((product(own, module) - best).abs().max()) < 1e-5 * scale
+        rows = min(R, *SHAPES[module])
+        A = out.A[module].double()
+        torch.testing.assert_close(
+            (A @ A.T)[:rows, :rows], torch.eye(rows).double(), rtol=0, atol=1e-5
+        )
+        largest = A[:rows].gather(1, A[:rows].abs().argmax(1, keepdim=True))
+        assert bool((largest > 0).all())  # the sign rule
+
+
+def test_flexlora_by_hand():
+    """B_0 A_0 = diag(4, 0), B_1 A_1 = diag(0, 2): the mean diag(2, 1) has the best rank 1
+    diag(2, 0); plain averaging gives ones * 1.5 instead."""
+    A = [torch.tensor([[2.0, 0]]), torch.tensor([[0.0, 1]])]
+    B = [torch.tensor([[2.0], [0]]), torch.tensor([[0.0], [2]])]
+    uploads = [Factors({"m": a}, {"m": b}) for a, b in zip(A, B, strict=True)]
+    reference = Factors({"m": torch.ones(1, 2)}, {"m": torch.zeros(2, 1)})
+    out = FlexLoRA().aggregate(uploads, reference)
+    torch.testing.assert_close(out.A["m"], torch.tensor([[1.0, 0]]))
+    torch.testing.assert_close(out.B["m"], torch.tensor([[2.0], [0]]))
+    folded = FedExLoRA().fold(uploads, FedExLoRA().aggregate(uploads, reference))
+    # mean B mean A = [[1], [1]] [1, .5]
+    torch.testing.assert_close(folded["m"], torch.tensor([[1.0, -0.5], [-1.0, 0.5]]))
+
+
+def test_truncation_never_forms_the_product():
+    """A layer whose dense product would take 4 TB."""
+    d = k = 1_000_000
+    left, right = torch.zeros(d, 2), torch.zeros(2, k)
+    left[0, 0], left[5, 1], right[0, 3], right[1, 4] = 3.0, 1.0, 2.0, 1.0
+    A, B = truncation(left, right, 1)
+    assert A[0, 3] == pytest.approx(1.0) and B[0, 0] == pytest.approx(6.0)
+    assert float(A.norm()) == pytest.approx(1.0) and float(B.norm()) == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize("method", [FedExLoRA(), FLoRA()])
+@pytest.mark.parametrize("ranks", [None, (4, 1, 2, 4, 3)])
+def test_folding_makes_the_global_model_exact(method, ranks):
+    uploads, reference, weights = federation(ranks=ranks)
+    aggregate = method.aggregate(uploads, reference, weights)
+    folded = method.fold(uploads, aggregate, weights)
+    plain = FedIT().aggregate(uploads, reference, weights)
+    errors = aggregation_error(uploads, aggregate, weights, folded)
+    for module in SHAPES:
+        target = exact(uploads, module, weights)
+        merged = product(aggregate, module) + folded[module].double()
+        torch.testing.assert_close(merged, target, rtol=0, atol=1e-5)
+        assert errors[module] == pytest.approx(float((merged - target).norm()), abs=1e-9)
+        assert errors[module] < 1e-4
+        assert float((product(plain, module) - target).norm()) > 0.1  # what folding makes good
+
+
+def test_fedex_keeps_the_averaged_factors_and_flora_restarts():
+    uploads, reference, weights = federation()
+    plain = FedIT().aggregate(uploads, reference, weights)
+    fedex = FedExLoRA().aggregate(uploads, reference, weights)
+    assert all(torch.equal(fedex.A[m], plain.A[m]) for m in SHAPES)
+    assert all(torch.equal(fedex.B[m], plain.B[m]) for m in SHAPES)
+    draws = [
+        FLoRA().aggregate(uploads, reference, generator=torch.Generator().manual_seed(s))
+        for s in (0, 0, 1)
+    ]
+    for m, (_, k) in SHAPES.items():
+        assert all(float(f.B[m].abs().max()) == 0 for f in draws)
+        assert torch.equal(draws[0].A[m], draws[1].A[m])
+        assert not torch.equal(draws[0].A[m], draws[2].A[m])
+        # PEFT's: uniform within 1 / sqrt(k).
+        assert 0.5 * k**-0.5 < float(draws[0].A[m].abs().max()) <= k**-0.5
+    assert FedIT().fold(uploads, plain) == {}
+
+
+def objective(X, B, A, T, regularization):
+    P = X @ A
+    return 1 - (T * P).sum() / (T.norm() * P.norm()) + regularization * (X - B).square().sum()
+
+
+@pytest.mark.parametrize("regularization", [0.01, 1.0])
+def test_lora_fair_is_stationary_and_lower(regularization):
+    uploads, reference, weights = federation(dtype=torch.float64)
+    plain = FedIT().aggregate(uploads, reference, weights)
+    out = LoRAFAIR(regularization).aggregate(uploads, reference, weights)
+    for module in ("wide", "tall"):
+        A, B, T = plain.A[module], plain.B[module], exact(uploads, module, weights)
+        assert torch.equal(out.A[module], A)
+        X = out.B[module].requires_grad_()
+        value = objective(X, B, A, T, regularization)
+        (gradient,) = torch.autograd.grad(value, X)
+        at_mean = B.clone().requires_grad_()
+        before = objective(at_mean, B, A, T, regularization)
+        (steepest,) = torch.autograd.grad(before, at_mean)
+        assert float(gradient.norm()) < 1e-6 * float(steepest.norm())
+        assert value.item() < before.item()
+        # What the paper does: plain gradient descent; the fixed point must not be above it.
+        Y = B.clone().requires_grad_()
+        for _ in range(300):
+            (g,) = torch.autograd.grad(objective(Y, B, A, T, regularization), Y)
+            Y = (Y - 0.05 * g).detach().requires_grad_()
+        assert value.item() <= objective(Y, B, A, T, regularization).item() + 1e-9
+
+
+def test_lora_fair_by_hand():
+    """Rank 1, A = (1, 0), B = (1, 0)^T, T = diag(1, 1): only the column B can follow. T's part
+    in reach is (1, 0)^T itself, so B is stationary; against T = [[0, 0], [1, 0]] the average has
+    nothing in common with the target and stays."""
+    A, B = torch.tensor([[1.0, 0]]), torch.tensor([[1.0], [0]])
+    for left, right in ((torch.eye(2), torch.eye(2)), (torch.tensor([[0.0], [1]]), A)):
+        torch.testing.assert_close(corrected(left, right, A, B, 0.01), B)
+    # T = [[1, 0], [1, 0]], no regularization to speak of: the direction becomes (1, 1).
+    X = corrected(torch.tensor([[1.0], [1]]), A, A, B, 1e-9)
+    assert float(X[1] / X[0]) == pytest.approx(1.0, abs=1e-4)
+    zero = torch.zeros(2, 1)
+    assert torch.equal(corrected(zero, A, A, zero, 0.01), zero)
+
+
+def test_lora_fair_with_little_regularization_approaches_the_refit():
+    """As the penalty goes to zero, the direction is that of the least-squares B."""
+    uploads, reference, weights = federation(dtype=torch.float64)
+    out = LoRAFAIR(1e-7).aggregate(uploads, reference, weights)
+    for module in ("wide", "tall"):
+        A, T = out.A[module], exact(uploads, module, weights)
+        refit = T @ torch.linalg.pinv(A)
+        cosine = torch.cosine_similarity(
+            product(out, module).flatten(), (refit @ A).flatten(), dim=0
+        )
+        assert float(cosine) > 1 - 1e-6
+
+
+def test_lora_fair_refuses():
+    with pytest.raises(ValueError, match="regularization must not be negative, got -1"):
+        LoRAFAIR(-1)

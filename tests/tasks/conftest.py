@@ -1,0 +1,81 @@
+"""Tiny model folders as the hub lays them out: random weights, a tokenizer made here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from fedrot.tasks.cache import quiet
+
+SPECIAL = ["<s>", "</s>", "<pad>", "<unk>"]
+
+
+def byte_tokenizer(*, pair: bool) -> PreTrainedTokenizerFast:
+    """A token a byte. ``pair``: closes sequences as RoBERTa; else opens them only, as Llama."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = (
+        {"single": "<s> $A </s>", "pair": "<s> $A </s> </s> $B </s>"}
+        if pair
+        else {"single": "<s> $A"}
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        **template, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **tokens, **({"pad_token": "<pad>"} if pair else {})
+    )
+
+
+@pytest.fixture(scope="session")
+def roberta(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("roberta")
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=130,
+        pad_token_id=2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with quiet():
+        RobertaForMaskedLM(config).save_pretrained(folder)  # without a classifier, as the hub's
+    byte_tokenizer(pair=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with quiet():
+        LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer(pair=False).save_pretrained(folder)
+    return folder

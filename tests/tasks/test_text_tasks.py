@@ -1,0 +1,320 @@
+"""Whole federations of the hub tasks and of own text: tiny local models, files as the hub's."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from fedrot.config import load
+from fedrot.errors import FedrotError
+from fedrot.simulation.adapter import draw_factors
+from fedrot.simulation.rounds import federate, prepare, train_round
+from fedrot.simulation.seeding import generator
+from fedrot.tasks import TASKS
+from fedrot.tasks.base import IGNORE
+from fedrot.tasks.cache import quiet
+from fedrot.tasks.encode import tokenizer_of
+from fedrot.tasks.execute import passes
+from fedrot.tasks.generation import final_number, program
+
+LOCAL = {"optimizer": "adam", "lr": 0.01, "steps": 2, "batch_size": 4}
+TINY = {"rounds": 1, "clients": {"count": 2}, "local": LOCAL}
+GLUE = {
+    "sst2": ("sentence",),
+    "qnli": ("question", "sentence"),
+    "qqp": ("question1", "question2"),
+    "rte": ("sentence1", "sentence2"),
+    "mnli": ("premise", "hypothesis"),
+}
+
+
+def write(file, rows) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def config_of(task, *trees, **options):
+    return load({"task": {"name": task, **options}}, TINY, *trees)
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_glue_as_the_hub_lays_it_out(tmp_path, roberta, task):
+    classes = 3 if task == "mnli" else 2
+    rows = [
+        {**{name: f"{name} {i}" * (1 + i % 3) for name in GLUE[task]}, "label": i % classes}
+        for i in range(12)
+    ]
+    test = "validation_matched" if task == "mnli" else "validation"
+    glue = tmp_path / "glue"
+    write(glue / task / "train-00000-of-00001.parquet", rows)
+    write(glue / task / f"{test}-00000-of-00001.parquet", rows[:6])
+    hidden = [{**row, "label": -1} for row in rows]
+    write(glue / task / "test-00000-of-00001.parquet", hidden)
+    if task == "mnli":
+        write(glue / task / "validation_mismatched-00000-of-00001.parquet", hidden)
+
+    config = config_of(task, model=str(roberta), data=str(glue), max_length=64)
+    federation = prepare(config)
+    data = federation.data
+    assert data.labels.tolist() == [i % classes for i in range(12)]
+    assert federation.model.config.num_labels == classes
+    ids = data.train["input_ids"][1][data.train["attention_mask"][1].bool()].tolist()
+    words = tokenizer_of(roberta).decode(ids)
+    assert words == "<s>" + "</s></s>".join(rows[1][name] for name in GLUE[task]) + "</s>"
+    summary = federate(config, tmp_path / "run")
+    assert summary["test_examples"] == 6 and summary["loss"] < 2
+    assert summary["loss"] != summary["start"]["loss"]
+
+    # Elsewhere: the base model of the hub, and the adapter with the trained head.
+    with quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        base = AutoModelForSequenceClassification.from_pretrained(roberta, num_labels=classes)
+        model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    assert config.task.evaluate(model, data.test)["loss"] == pytest.approx(summary["loss"])
+
+
+def test_head_follows_the_seed(tmp_path, roberta):
+    write(tmp_path / "train.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}] * 3)
+    options = {"model": str(roberta), "data": str(tmp_path / "train.jsonl")}
+
+    def head(seed):
+        federation = prepare(config_of("text", {"seed": seed}, **options))
+        return federation.model.get_base_model().classifier.out_proj.weight
+
+    assert torch.equal(head(0), head(0)) and not torch.equal(head(0), head(1))
+
+
+def test_presets_are_the_papers():
+    config = load({"task": {"name": "rte"}})
+    assert (config.lora.r, config.lora.alpha, config.rounds) == (4, 8, 250)
+    assert (config.local.optimizer, config.local.steps, config.local.batch_size) == ("sgd", 20, 128)
+    assert (config.clients.count, config.clients.alpha) == (3, 0.5)
+    config = load({"task": {"name": "gsm8k"}})
+    assert (config.lora.r, config.clients.count, config.local.steps) == (8, 6, 30)
+    assert (config.task.dtype, config.clients.partition) == ("bfloat16", "iid")
+    assert load({"task": {"name": "codesearchnet"}}).clients.column == "language"
+    for name in TASKS:
+        assert load({"task": {"name": name}}).tree()["task"]["name"] == name
+
+
+def test_gsm8k(tmp_path, llama, monkeypatch):
+    rows = [{"question": f"What is {i}?", "answer": f"It is {i}.\n#### {i},000"} for i in range(8)]
+    write(tmp_path / "gsm8k" / "main" / "train-00000-of-00001.parquet", rows)
+    write(tmp_path / "gsm8k" / "main" / "test-00000-of-00001.parquet", rows[:4])
+    write(tmp_path / "gsm8k" / "socratic" / "test-00000-of-00001.parquet", rows)
+    config = config_of(
+        "gsm8k",
+        model=str(llama),
+        data=str(tmp_path / "gsm8k"),
+        max_length=80,
+        max_new_tokens=6,
+        dtype="float32",
+    )
+    data = config.task.prepare(0)
+    ids, labels = data.test["input_ids"][1], data.test["labels"][1]
+    decode = tokenizer_of(llama).decode
+    assert decode(ids[labels == IGNORE], skip_special_tokens=True).startswith(
+        "Question: What is 1?\nAnswer:"
+    )
+    assert decode(labels[labels != IGNORE]) == " It is 1.\n#### 1,000</s>"
+    summary = federate(config, tmp_path / "run")
+    assert summary["accuracy"] == 0 and summary["loss"] < summary["start"]["loss"]
+    # A model that answers as the second reference does.
+    written = ["no number", "so 1000.00", "####2", "3,000 #### 4"]
+    monkeypatch.setattr("fedrot.tasks.generation.generate", lambda *a: written)
+    model = config.task.load_model(data)
+    assert config.task.evaluate(model, data.test)["accuracy"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("5 + 6 = 11\n#### 11", 11),
+        ("#### 1,234", 1234),
+        ("#### -3\nQuestion: 7", -3),
+        ("in all 2.50.", 2.5),
+        ("12.", 12),
+        ("7 ####", 7),
+        ("none", None),
+    ],
+)
+def test_final_number(text, number):
+    assert final_number(text) == number
+
+
+PROBLEM = {
+    "task_id": "HumanEval/0",
+    "prompt": 'def add(a, b):\n    """The sum."""\n',
+    "canonical_solution": "    return a + b\n",
+    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
+    "entry_point": "add",
+}
+
+
+def test_codesearchnet_and_humaneval(tmp_path, llama, monkeypatch):
+    rows = [
+        {
+            "func_documentation_string": f"Returns {i}.",
+            "func_code_string": f"def f():\n    return {i}",
+            "language": ("go", "python")[i % 2],
+        }
+        for i in range(8)
+    ]
+    for part in ("train", "test"):
+        write(tmp_path / "data" / part / "0.parquet", rows)
+    write(tmp_path / "he" / "openai_humaneval" / "test-00000-of-00001.parquet", [PROBLEM] * 3)
+    options = {"model": str(llama), "data": str(tmp_path / "data"), "dtype": "float32"}
+    options |= {"max_length": 128, "max_new_tokens": 4, "humaneval": str(tmp_path / "he")}
+    summary = federate(config_of("codesearchnet", **options), tmp_path / "run")
+    assert summary["accuracy_is"] == "exact match" and summary["client_examples"] == [4, 4]
+
+    def refuse(*args):
+        raise AssertionError("a program was run")
+
+    task = config_of("codesearchnet", **options, execute=True).task
+    data = task.prepare(0)
+    assert data.facts["accuracy_is"] == "HumanEval pass@1"
+    model = task.load_model(data)
+    right, wrong = "    return a + b\n\nprint(undefined)", "    return a - b"
+    monkeypatch.setattr(
+        "fedrot.tasks.generation.generate", lambda *a: [right, wrong, "    while True: pass"]
+    )
+    fast = config_of("codesearchnet", **options, execute=True, timeout=1.0).task
+    assert fast.evaluate(model, data.test)["accuracy"] == pytest.approx(1 / 3)
+    monkeypatch.setattr("fedrot.tasks.generation.passes", refuse)
+    own = config_of("codesearchnet", **options).task
+    assert "accuracy" in own.evaluate(model, own.prepare(0).test)
+
+
+def test_programs_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "1")
+    assert passes("import os\nassert 'SECRET' not in os.environ and not os.listdir('..') == []", 9)
+    assert not passes("raise SystemExit(1)", 9)
+    assert not passes("x = bytearray(8 << 30)", 9)
+    mark = tmp_path / "late"
+    child = f"import time; time.sleep(2); open({str(mark)!r}, 'w')"
+    run = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
+    assert not passes(run, 0.5)
+    monkeypatch.undo()
+    import time
+
+    time.sleep(2.2)
+    assert not mark.exists()  # what the program started ended with it
+    assert program(PROBLEM, "    return 1\ndef other(): pass").count("other") == 0
+
+
+def test_own_classification(tmp_path, roberta):
+    file = tmp_path / "own.csv"
+    lines = [
+        f"{'good' if i % 2 else 'bad'} thing {i},{'pos' if i % 2 else 'neg'},u{i % 3}"
+        for i in range(30)
+    ]
+    file.write_text("review,verdict,user\n" + "\n".join(lines) + "\n")
+    config = config_of(
+        "text",
+        {"clients": {"count": 3, "partition": "column", "column": "user"}},
+        model=str(roberta),
+        data=str(file),
+        text="review",
+        label="verdict",
+    )
+    federation = prepare(config)
+    assert federation.data.facts["labels"] == ["neg", "pos"]
+    assert (len(federation.data.labels), len(federation.data.test["labels"])) == (24, 6)
+    users = federation.data.columns["user"]
+    assert [users[rows].unique().tolist() for rows in federation.examples] == [[0], [1], [2]]
+    summary = federate(config, tmp_path / "run")
+    assert sum(summary["client_examples"]) == 24
+
+
+def test_own_generation(tmp_path, llama):
+    rows = [{"prompt": f"{i} ->", "answer": f" {i + 1}", "user": i % 2} for i in range(10)]
+    write(tmp_path / "train.jsonl", [*rows, {"prompt": "x" * 99, "answer": "y", "user": 0}])
+    write(tmp_path / "test.jsonl", rows[:3])
+    options = {"model": str(llama), "data": str(tmp_path), "max_length": 32}
+    config = config_of("text", **options, max_train=6)
+    data = prepare(config).data
+    assert len(data.labels) == 6 and len(data.test["labels"]) == 3
+    assert data.facts == {"too_long": 1}
+    assert set(data.columns) == {"user"}
+    # A random model's query and value alone can do little; the loss of the start is 5.68.
+    steps = {"local": {"lr": 0.03, "steps": 40}}
+    summary = federate(config_of("text", steps, **options), tmp_path / "run")
+    assert summary["loss"] < summary["start"]["loss"] - 0.2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_frozen_model_in_half_precision(tmp_path, llama, dtype):
+    """The factors stay in float32."""
+    write(tmp_path / "own.jsonl", [{"prompt": str(i), "answer": "b"} for i in range(12)])
+    data = str(tmp_path / "own.jsonl")
+    config = config_of("text", model=str(llama), data=data, dtype=dtype)
+    federation = prepare(config)
+    kinds = {p.dtype for n, p in federation.model.named_parameters() if "lora_" not in n}
+    assert kinds == {getattr(torch, dtype)}
+    factors = draw_factors(federation.model, generator(0, "start", 0))
+    assert {t.dtype for t in factors.A.values()} == {torch.float32}
+    summary = federate(config, tmp_path / "run")
+    assert summary["loss"] < summary["start"]["loss"] - 0.02
+
+
+def test_sequences_of_clients_together_and_one_at_a_time(tmp_path, llama):
+    """One padded pass for clients whose sequences differ in length is each one's own training."""
+    rows = [
+        {"prompt": f"{i} ->", "answer": "xyz" * (1 + 4 * (i % 2)), "user": i % 2} for i in range(12)
+    ]
+    write(tmp_path / "train.jsonl", rows)
+    options = {"model": str(llama), "data": str(tmp_path), "max_length": 32}
+    by_user = {"clients": {"partition": "column", "column": "user"}}
+    results = []
+    for together in (None, 1):
+        local = {"local": {"together": together}}
+        federation = prepare(config_of("text", by_user, local, **options))
+        results.append(train_round(federation, federation.start()))
+    both, alone = results
+    start = federation.start().factors
+    assert both.train_loss == pytest.approx(alone.train_loss, rel=1e-5)
+    for a, b in zip(both.factors, alone.factors, strict=True):
+        for name in a.B:
+            assert float((a.B[name] - start.B[name]).norm()) > 1e-2
+            torch.testing.assert_close(a.B[name], b.B[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"task\.model must be given"),
+        ({"model": "MODEL"}, r"task\.data must be given"),
+        ({"model": "MODEL", "data": "nowhere.csv"}, "there is no folder nowhere.csv"),
+        ({"model": "MODEL", "data": "FILE", "label": "class"}, "must have the columns text and"),
+        (
+            {"model": "MODEL", "data": "FILE", "kind": "generation"},
+            "has no column prompt; it has text, label",
+        ),
+        ({"model": "MODEL", "data": "FILE", "test": "OTHER"}, "has the label 'c'"),
+        ({"model": "FOLDER", "data": "FILE"}, "must hold config.json and the model's weights"),
+    ],
+)
+def test_what_text_refuses(tmp_path, roberta, options, message):
+    write(tmp_path / "own.jsonl", [{"text": "a", "label": "a"}, {"text": "b", "label": "b"}] * 4)
+    write(tmp_path / "other.jsonl", [{"text": "a", "label": "c"}])
+    paths = {
+        "MODEL": str(roberta),
+        "FILE": str(tmp_path / "own.jsonl"),
+        "OTHER": str(tmp_path / "other.jsonl"),
+        "FOLDER": str(tmp_path),
+    }
+    options = {key: paths.get(value, value) for key, value in options.items()}
+    with pytest.raises(FedrotError, match=message):
+        config_of("text", **options).task.prepare(0)
