@@ -34,6 +34,15 @@ def library(request):
     return cuda.declare(ctypes.CDLL(str(build(Path(folder)))))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tensors are small: waiting for a second thread takes longer than what it does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def emulated(library, monkeypatch):
     """``emulated(schedule)``: from now on the backend runs on the CPU, in that order."""
@@ -161,7 +170,12 @@ def test_no_access_beyond_a_buffer(request):
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(library), str(Path(__file__).parent)],
-        env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "LD_PRELOAD": runtime,
+            "ASAN_OPTIONS": "detect_leaks=0",
+        },
         capture_output=True,
         text=True,
         timeout=300,
