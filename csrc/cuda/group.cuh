@@ -2,7 +2,7 @@
 // small matrix. Sums are taken in an order that depends on the group's size alone.
 #pragma once
 
-#include "../math/group.h"
+#include "../math/dense.h"
 #include "ptx.cuh"
 
 namespace fedrot::cuda {
@@ -104,5 +104,28 @@ struct Block : Strided {
   }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
 };
+
+// multiply() of math/dense.h: each element at once, since waiting is dear here and C may be far.
+template <class T, class G>
+__device__ __forceinline__ void multiply_elements(const G& g, int rows, int inner, int cols,
+                                                  const T* A, int lda, const T* B, int ldb, T* C,
+                                                  int ldc) {
+  g.each(rows, cols, [=](int i, int j) {
+    T total = 0;
+    for (int p = 0; p < inner; ++p) total += A[i * lda + p] * B[p * ldb + j];
+    C[i * ldc + j] = total;
+  });
+  g.sync();
+}
+template <class T>
+__device__ __noinline__ void multiply(const Warp& g, int rows, int inner, int cols, const T* A,
+                                      int lda, const T* B, int ldb, T* C, int ldc) {
+  multiply_elements(g, rows, inner, cols, A, lda, B, ldb, C, ldc);
+}
+template <class T>
+__device__ __noinline__ void multiply(const Block& g, int rows, int inner, int cols, const T* A,
+                                      int lda, const T* B, int ldb, T* C, int ldc) {
+  multiply_elements(g, rows, inner, cols, A, lda, B, ldb, C, ldc);
+}
 
 }  // namespace fedrot::cuda

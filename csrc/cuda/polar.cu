@@ -6,7 +6,7 @@
 namespace fedrot::cuda {
 namespace {
 
-constexpr int threads = 256, warps = threads / warp_threads;
+constexpr int threads = 128, warps = threads / warp_threads;
 
 template <int Rank, class T>
 __global__ void __launch_bounds__(threads, 1) polar(const Polar batch) {

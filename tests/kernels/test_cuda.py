@@ -34,6 +34,15 @@ def library(request):
     return cuda.declare(ctypes.CDLL(str(build(Path(folder)))))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tensors are small: waiting for a second thread takes longer than what it does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def emulated(library, monkeypatch):
     """``emulated(schedule)``: from now on the backend runs on the CPU, in that order."""
@@ -150,9 +159,9 @@ def test_no_access_beyond_a_buffer(request):
         "library = cuda.declare(ctypes.CDLL(sys.argv[1]))\n"
         "cuda._library = lambda: library\n"
         "library.cuda_host_schedule(2, 0)\n"
-        "for dtype in (torch.float32, torch.bfloat16, torch.float64):\n"
-        "    for r in (3, 8, 16, 21, 37):\n"
-        "        shapes = [(r + 5, 70, r), (300, 2 * r + 1, max(1, r - 1))]\n"
+        "for dtype in (torch.float32, torch.bfloat16):\n"
+        "    for r in (3, 8, 19, 34):\n"
+        "        shapes = [(r + 5, 70, r), (260, r + 1, max(1, r - 1))]\n"
         "        inputs = planted(2, shapes, dtype, ranks=[r, max(1, r // 2)])\n"
         "        A, B = cuda.align_aggregate(*inputs)\n"
         "        assert all(bool(t.isfinite().all()) for t in [*A, *B])\n"
@@ -161,7 +170,12 @@ def test_no_access_beyond_a_buffer(request):
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(library), str(Path(__file__).parent)],
-        env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "LD_PRELOAD": runtime,
+            "ASAN_OPTIONS": "detect_leaks=0",
+        },
         capture_output=True,
         text=True,
         timeout=300,

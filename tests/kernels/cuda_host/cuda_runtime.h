@@ -67,7 +67,7 @@ inline int lane() { return int(current().thread.x % warp_size); }
 }  // namespace cuda_host
 
 // One coordinate of the thread that asks; launches have no others.
-template <dim3 cuda_host::Thread::*Of>
+template <dim3 cuda_host::Thread::* Of>
 struct CudaHostIndex {
   struct {
     operator unsigned() const { return (cuda_host::current().*Of).x; }
@@ -105,9 +105,7 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
   return largest;
 }
 
-inline int __any_sync(unsigned mask, int value) {
-  return __reduce_max_sync(mask, value != 0) != 0;
-}
+inline int __any_sync(unsigned mask, int value) { return __reduce_max_sync(mask, value != 0) != 0; }
 
 inline int atomicAdd(int* address, int value) {
   const int old = *address;

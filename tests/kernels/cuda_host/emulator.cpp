@@ -201,7 +201,8 @@ float __double2float_rz(double x) {
   return std::fabs(double(nearest)) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-extern "C" __attribute__((visibility("default"))) void cuda_host_schedule(int schedule, unsigned seed) {
+extern "C" __attribute__((visibility("default"))) void cuda_host_schedule(int schedule,
+                                                                          unsigned seed) {
   cuda_host::schedule = cuda_host::Schedule(schedule);
   cuda_host::generator.seed(seed);
 }

@@ -51,11 +51,12 @@ cuda_host_switch:
 
 inline void prepare(Fiber& fiber, void (*function)()) {
   if (!fiber.stack) fiber.stack.reset(new unsigned char[stack_bytes]);
-  auto end = reinterpret_cast<std::uintptr_t>(fiber.stack.get() + stack_bytes) & ~std::uintptr_t(15);
+  auto end =
+      reinterpret_cast<std::uintptr_t>(fiber.stack.get() + stack_bytes) & ~std::uintptr_t(15);
   auto* top = reinterpret_cast<void**>(end);
-  *--top = nullptr;                               // a call leaves the stack 8 off 16
-  *--top = reinterpret_cast<void*>(function);     // where `ret` goes
-  for (int i = 0; i < 6; ++i) *--top = nullptr;   // saved registers
+  *--top = nullptr;                              // a call leaves the stack 8 off 16
+  *--top = reinterpret_cast<void*>(function);    // where `ret` goes
+  for (int i = 0; i < 6; ++i) *--top = nullptr;  // saved registers
   fiber.top = top;
 }
 
