@@ -189,7 +189,7 @@ def test_registers_and_spills(architecture, tmp_path):
     """From the compiler's report on the kernels of bfloat16 clients, which hold every path."""
     done = subprocess.run(
         [
-            *(str(NVCC), "-std=c++17", "-O3", "-split-compile=0", "-Xptxas=-v", "-cubin"),
+            *(str(NVCC), "-std=c++17", "-O3", "-Xptxas=-v", "-cubin"),
             f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
             *(str(CSRC / "cuda" / "step_bf16.cu"), "-o", str(tmp_path / "step.cubin")),
         ],
