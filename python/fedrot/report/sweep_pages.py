@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from fedrot.bench.tables import markdown
 from fedrot.files import new_file, write_json, write_text
 from fedrot.report import html, plots, sweep_plots
 from fedrot.sweep.analysis import Difference, Results
@@ -104,8 +105,7 @@ def _seconds(results: Results, cell: Cell, method: str) -> str:
 def _tuned(results: Results, cell: Cell, method: str) -> str:
     tuned = results.of(cell, method).tuned
     chosen = ", ".join(f"{k.rpartition('.')[2]} {v:g}" for k, v in tuned.options.items())
-    scores = dict((id(options), score) for options, score in tuned.scores)
-    score = scores.get(id(tuned.options))
+    score = next((score for options, score in tuned.scores if options is tuned.options), None)
     return f"{chosen} ({score:.3f})" if score is not None else chosen or "-"
 
 
@@ -139,16 +139,11 @@ def _markdown(results: Results, pictures: Pictures) -> str:
         lines += [f"Claim: {experiment.claim}", ""]
     lines += [f"- {text}" for text in failures(results)]
     for heading, header, rows in tables(results):
-        lines += [f"## {heading}", "", *markdown_table(header, rows), ""]
+        lines += [f"## {heading}", "", markdown(header, rows)]
     lines += [WORDS, ""]
     for name, (_, caption) in pictures.items():
         lines += [f"![{caption}]({name})", ""]
     return "\n".join(lines)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _pictures(results: Results) -> Pictures:
