@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fedrot_kernels import ops
+from fedrot_kernels.tables import empty_outputs
 
 
 class Runner(Protocol):
@@ -208,9 +209,7 @@ class Plan:
             for index, t in enumerate(tensors):
                 _check_memory(name, ops.place(name, index, problem.layers), t)
         if out is None:
-            contiguous = torch.contiguous_format
-            self.A = [torch.empty_like(t, memory_format=contiguous) for t in ref_A]
-            self.B = [torch.empty_like(t, memory_format=contiguous) for t in ref_B]
+            self.A, self.B = empty_outputs(ref_A, ref_B)
         else:
             self.A, self.B = (list(tensors) for tensors in out)
             _check_outputs(problem, self.A, self.B)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -13,6 +14,7 @@ from fedrot_kernels.native import load
 
 _cpu = load("_cpu")
 
+Outputs = tuple[list[Tensor], list[Tensor]]
 # lora_A, lora_B, ref_A, ref_B
 Factors = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
@@ -62,6 +64,24 @@ def _checked(
 
 def _rows_contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in tensors]
+
+
+def empty_outputs(ref_A: Sequence[Tensor], ref_B: Sequence[Tensor]) -> Outputs:
+    """``(A, B)``, what ``align_aggregate`` returns, not filled yet."""
+    A = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ref_A]
+    B = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ref_B]
+    return A, B
+
+
+def empty_rotations(factors: Factors) -> list[Tensor]:
+    """What ``align`` returns for factors that are checked, not filled yet."""
+    lora_A, _, ref_A, _ = factors
+    dtype = ops.accumulate_dtype(lora_A[0].dtype, ref_A[0].dtype)
+    ranks = [t.shape[0] for t in ref_A] * (len(lora_A) // len(ref_A))
+    return [
+        torch.empty(A.shape[0], r, dtype=dtype, device=A.device)
+        for A, r in zip(lora_A, ranks, strict=True)
+    ]
 
 
 def outputs(A: Sequence[Tensor], B: Sequence[Tensor]) -> Any:

@@ -19,7 +19,7 @@ from fedrot_kernels.ops import (
 )
 from fedrot_kernels.plan import Flat
 from fedrot_kernels.plan import implement as implement_plan
-from fedrot_kernels.tables import Factors, outputs, read
+from fedrot_kernels.tables import Factors, empty_outputs, empty_rotations, outputs, read
 
 _cpu = load("_cpu")
 instruction_set: str = _cpu.instruction_set
@@ -75,20 +75,14 @@ class Runner:
 def align_aggregate(
     lora_A, lora_B, ref_A, ref_B, weights=None, *, lam=0.4, align="joint", proper=True
 ) -> tuple[list[Tensor], list[Tensor]]:
-    A = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ref_A]
-    B = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ref_B]
+    A, B = empty_outputs(ref_A, ref_B)
     Runner((lora_A, lora_B, ref_A, ref_B), weights, A, B, lam, align, proper).run()
     return A, B
 
 
 def align(lora_A, lora_B, ref_A, ref_B, *, lam=0.4, align="joint", proper=True) -> list[Tensor]:
     tables, factors = read((lora_A, lora_B, ref_A, ref_B), None, lam, align)
-    dtype = accumulate_dtype(lora_A[0].dtype, ref_A[0].dtype)
-    ranks = [t.shape[0] for t in ref_A] * tables.clients
-    rotations = [
-        torch.empty(A.shape[0], r, dtype=dtype, device=A.device)
-        for A, r in zip(lora_A, ranks, strict=True)
-    ]
+    rotations = empty_rotations(factors)
     fine = _cpu.align(
         tables,
         lam,

@@ -14,7 +14,7 @@ from fedrot_kernels.backends.gpu import Layout
 from fedrot_kernels.ops import DTYPES, accumulate_dtype, check_polar, implement
 from fedrot_kernels.plan import Flat
 from fedrot_kernels.plan import implement as implement_plan
-from fedrot_kernels.tables import Factors
+from fedrot_kernels.tables import Factors, empty_outputs
 
 
 def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
@@ -164,23 +164,15 @@ class Runner(_Prepared):
 def align_aggregate(
     lora_A, lora_B, ref_A, ref_B, weights=None, *, lam=0.4, align="joint", proper=True
 ) -> tuple[list[Tensor], list[Tensor]]:
-    A = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ref_A]
-    B = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ref_B]
+    A, B = empty_outputs(ref_A, ref_B)
     Runner((lora_A, lora_B, ref_A, ref_B), weights, A, B, lam, align, proper).run()
     return A, B
 
 
 def align(lora_A, lora_B, ref_A, ref_B, *, lam=0.4, align="joint", proper=True) -> list[Tensor]:
-    factors = lora_A, lora_B, ref_A, ref_B
-    dtype = accumulate_dtype(lora_A[0].dtype, ref_A[0].dtype)
-    ranks = [t.shape[0] for t in ref_A] * (len(lora_A) // len(ref_A))
-    rotations = [
-        torch.empty(A.shape[0], r, dtype=dtype, device=A.device)
-        for A, r in zip(lora_A, ranks, strict=True)
-    ]
-    layout = Layout(factors, None, lam, align, rotations=rotations)
+    layout = Layout((lora_A, lora_B, ref_A, ref_B), None, lam, align)
     _Prepared(layout, lam, proper, weighted=False).run()
-    return rotations
+    return layout.aligned
 
 
 def polar(M: Tensor, *, proper: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fedrot_kernels.native import load
 from fedrot_kernels.ops import ALIGN_MODES, accumulate_dtype
 from fedrot_kernels.plan import Flat
-from fedrot_kernels.tables import Factors, outputs, read
+from fedrot_kernels.tables import Factors, empty_rotations, outputs, read
 
 _cpu = load("_cpu")
 
@@ -24,6 +24,8 @@ class Layout:
         launches: ``(covariance_begin, covariance_end, apply_begin, apply_end)``, ranges of units.
         partials: workspace for the partial cross-covariances, in ``dtype``.
         counters: int32 ``(clients * layers,)``, zero; a kernel that counts leaves them zero.
+        rotations: workspace for the weighted rotations, with ``out``.
+        aligned: the results of ``align``, ``clients * layers`` of them, without ``out``.
         weights: float64 ``(clients,)`` or ``None``, as given: kernels normalise.
         dtype: what is accumulated in, float32 or float64.
     """
@@ -36,14 +38,13 @@ class Layout:
         align: str,
         *,
         out: tuple[list[Tensor], list[Tensor]] | None = None,
-        rotations: list[Tensor] | None = None,
         flat: Flat | None = None,
     ) -> None:
-        """``out`` for ``align_aggregate``, ``rotations`` (``clients * layers``) for ``align``;
-        with ``flat`` clients can be moved, see :meth:`rebind`."""
+        """``out`` for ``align_aggregate``; without it for ``align``, which returns ``aligned``.
+        With ``flat`` clients can be moved, see :meth:`rebind`."""
         tables, factors = read(factors, weights, lam, align)
         # Keeps alive what the table points to; flat buffers keep themselves.
-        self._kept = factors if flat is None else factors[2:], out, rotations
+        self._kept = factors if flat is None else factors[2:], out
         self._flat = flat
         self.clients, self.layers = tables.clients, len(tables.shapes)
         self.client_dtype, self.out_dtype = factors[0][0].dtype, factors[2][0].dtype
@@ -57,11 +58,13 @@ class Layout:
         self.sections, self.launches = call.sections, call.launches
         self.partials = torch.empty(call.partials, dtype=self.dtype, device=device)
         self.counters = torch.zeros(tables.clients * self.layers, dtype=torch.int32, device=device)
-        if rotations is None:
+        self.aligned: list[Tensor] = []
+        if out is not None:
             self.rotations = torch.empty(call.rotations, dtype=self.dtype, device=device)
             addresses = _cpu.rotations_in(self.rotations.data_ptr(), self.dtype.itemsize, tables)
         else:
-            addresses = [R.data_ptr() for R in rotations]
+            self.aligned = empty_rotations(factors)
+            addresses = [R.data_ptr() for R in self.aligned]
 
         pinned = device.type == "cuda"
         self.host = host = torch.empty(call.sections.size, dtype=torch.int64, pin_memory=pinned)

@@ -20,7 +20,7 @@ from fedrot_kernels.ops import accumulate_dtype, check_polar, implement
 from fedrot_kernels.plan import Flat, ThroughOperator
 from fedrot_kernels.plan import Runner as AnyRunner
 from fedrot_kernels.plan import implement as implement_plan
-from fedrot_kernels.tables import Factors, read
+from fedrot_kernels.tables import Factors, empty_outputs
 
 LARGEST_RANK = 256
 """Above it a matrix is no longer one tile: such calls run the reference."""
@@ -214,8 +214,7 @@ def align_aggregate(
     if _too_large(ref_A):
         options = {"lam": lam, "align": align, "proper": proper}
         return reference.align_aggregate(*factors, weights, **options)
-    A = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ref_A]
-    B = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ref_B]
+    A, B = empty_outputs(ref_A, ref_B)
     Runner(factors, weights, A, B, lam, align, proper).run()
     return A, B
 
@@ -224,16 +223,9 @@ def align(lora_A, lora_B, ref_A, ref_B, *, lam=0.4, align="joint", proper=True) 
     factors = (lora_A, lora_B, ref_A, ref_B)
     if _too_large(ref_A):
         return reference.align(*factors, lam=lam, align=align, proper=proper)
-    tables, factors = read(factors, None, lam, align)
-    dtype = accumulate_dtype(lora_A[0].dtype, ref_A[0].dtype)
-    ranks = [r for _, _, r in tables.shapes] * tables.clients
-    rotations = [
-        torch.empty(A.shape[0], r, dtype=dtype, device=A.device)
-        for A, r in zip(lora_A, ranks, strict=True)
-    ]
-    layout = Layout(factors, None, lam, align, rotations=rotations)
+    layout = Layout(factors, None, lam, align)
     Launches(layout, lam, proper, False, None)()
-    return rotations
+    return layout.aligned
 
 
 def polar(M: Tensor, *, proper: bool = False) -> Tensor:

@@ -105,9 +105,17 @@ def test_fewer_workspaces_than_rotations(emulated, monkeypatch):
     torch.testing.assert_close(results[0] @ results[0].mT, eye, atol=1e-5, rtol=0)
 
 
+def test_bad_input_is_named():
+    A, B = torch.ones(2, 4), torch.ones(3, 2)
+    with pytest.raises(ValueError, match="lora_A must hold clients x layers tensors"):
+        cuda.align([], [], [], [])
+    with pytest.raises(ValueError, match="lora_A must hold clients x layers tensors"):
+        cuda.align([A] * 3, [B] * 3, [A] * 2, [B] * 2)
+
+
 @needs_compiler
 def test_errors_are_reported(emulated, library):
-    layout = Layout(tuple(planted(1, [(3, 4, 2)])), None, 0.4, "joint", rotations=[torch.zeros(2)])
+    layout = Layout(tuple(planted(1, [(3, 4, 2)])), None, 0.4, "joint")
     prepared = cuda._Prepared(layout, 0.4, True, weighted=False)
     # 2^40 units are more than a grid holds; nothing is launched.
     launch = (ctypes.c_int64 * 4)(0, 2**40, 0, 0)

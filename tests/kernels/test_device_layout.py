@@ -128,11 +128,11 @@ def test_addresses(dtype):
 def test_rotations_alone():
     shapes = [(9, 14, 4), (31, 8, 2)]
     inputs = planted(3, shapes, torch.float32)
-    rotations = [torch.empty(r, r) for _ in range(3) for _, _, r in shapes]
-    layout = gpu.Layout(tuple(inputs), None, 0.4, "B", rotations=rotations)
+    layout = gpu.Layout(tuple(inputs), None, 0.4, "B")
     layers, clients, covariance, apply = sections(layout)
     assert apply == [] and [u["side"] for u in covariance] == [1, 1]
-    assert [row["R"] for row in clients] == [R.data_ptr() for R in rotations]
+    assert [row["R"] for row in clients] == [R.data_ptr() for R in layout.aligned]
+    assert [R.shape for R in layout.aligned] == [(r, r) for _ in range(3) for _, _, r in shapes]
     assert [row["out_A"] for row in layers] == [0, 0]
     assert layout.launches == [[0, 2, 0, 0]]
 
@@ -153,7 +153,7 @@ def test_clients_can_be_moved():
     ref_A, ref_B = [torch.randn(2, 6), torch.randn(1, 3)], [torch.randn(5, 2), torch.randn(4, 1)]
     flat = Flat([torch.randn(40), torch.randn(40)], [(20, 3), (36, 32)], [(5, 6, 2), (4, 3, 1)])
     inputs = (*flat.factors(), ref_A, ref_B)
-    layout = gpu.Layout(inputs, None, 0.4, "joint", rotations=[torch.empty(2, 2)] * 4, flat=flat)
+    layout = gpu.Layout(inputs, None, 0.4, "joint", flat=flat)
     _, clients, _, _ = sections(layout)
     assert [(row["A"], row["B"]) for row in clients] == [(80, 12), (144, 128)] * 2
     flat.buffers = [torch.randn(40), torch.randn(40)]

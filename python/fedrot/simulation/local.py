@@ -10,10 +10,9 @@ of ``N * batch_size`` examples are held at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -27,9 +26,6 @@ from fedrot.tasks import Batch
 from fedrot.tasks.base import Track, example_losses, no_progress, trim
 
 NO_EXAMPLE = -1  # in a batch that is not full
-
-# (output of the model, batch) -> the sum of the losses of each example (b,), and of how many terms
-ExampleLosses = Callable[[Any, Batch], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,6 @@ def train_clients(
     *,
     parts: str = "AB",
     heads: Sequence[dict[str, Tensor]] | None = None,
-    example_losses: ExampleLosses = example_losses,
     track: Track = no_progress,
 ) -> Trained:
     """Train every client from its own factors on its own batches.
@@ -99,7 +94,6 @@ def train_clients(
         local: how to train; ``local.together`` clients go through the model at a time.
         parts: which factors are trained, ``"AB"``, ``"A"`` or ``"B"``.
         heads: per client the parameters of linear layers of the base model, by name; trained too.
-        example_losses: the task's loss.
     """
     together = local.together or len(starts)
     groups = [slice(i, i + together) for i in range(0, len(starts), together)]
@@ -114,7 +108,6 @@ def train_clients(
             local,
             parts,
             heads[group] if heads else [{} for _ in starts[group]],
-            example_losses,
             clock,
         )
         for group in groups
@@ -135,7 +128,6 @@ def _train_group(
     local: Local,
     parts: str,
     heads: Sequence[dict[str, Tensor]],
-    example_losses: ExampleLosses,
     clock: Iterator[int],
 ) -> Trained:
     clients, longest = len(starts), max(len(rows) for rows in batches)
@@ -150,16 +142,14 @@ def _train_group(
             next(clock)
             flat = rows[step].flatten()
             batch = trim({key: value[flat.clamp(min=0)] for key, value in train.items()})
-            loss = _client_losses(model, batch, flat != NO_EXAMPLE, clients, example_losses)
+            loss = _client_losses(model, batch, flat != NO_EXAMPLE, clients)
             active = step < lengths
             step_all(loss, active)
             losses += torch.where(active, loss.detach().double(), 0.0)
         return Trained(*_collect(layers, starts, heads), losses / lengths)
 
 
-def _client_losses(
-    model: PeftModel, batch: Batch, present: Tensor, clients: int, example_losses: ExampleLosses
-) -> Tensor:
+def _client_losses(model: PeftModel, batch: Batch, present: Tensor, clients: int) -> Tensor:
     """The mean loss of each client ``(N,)`` on its part of the batch."""
     output = model(**{key: value for key, value in batch.items() if key != "labels"})
     sums, counts = example_losses(output, batch)
