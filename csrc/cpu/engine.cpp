@@ -33,7 +33,7 @@ std::int64_t cache_bytes() {
   static const std::int64_t bytes = [] {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
     const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (size > 0) return std::int64_t(size) / 4;
+    if (size > 0) return std::int64_t(size) / 2;
 #endif
     return std::int64_t(256) << 10;
   }();

@@ -15,6 +15,13 @@ inline bool is_small(int r) {
   return r <= small_rank<Acc>;
 }
 
+// Whether A_i A_ref^T is summed lane by lane along k, with few enough sums for the registers,
+// instead of by a product with the transposed reference.
+template <class Acc>
+inline bool by_dots(int r) {
+  return r <= (lanes<Acc> > 8 ? 8 : lanes<Acc> - 1);
+}
+
 // Positions at a time: what the inner loops read again and again stays in the first-level cache.
 inline int chunk_length(int r) {
   constexpr int elements = 6144, shortest = 64, longest = 512;
@@ -23,17 +30,17 @@ inline int chunk_length(int r) {
 
 // Clients whose sums stay in registers together: as many as keep what is read again and again,
 // directions of all of them, in the first-level cache.
-constexpr int client_group = 8;
+constexpr int client_group = most_terms;
 inline int clients_at_once(int r) { return std::min(client_group, std::max(1, 64 / r)); }
 
-// The reference A has contiguous directions, not positions, unless the rank is small.
+// The reference A has contiguous directions, not positions, unless M is summed by dots.
 template <class Acc>
 cpu::Reference<Acc> load_reference(const Problem& problem, int layer, Acc* panels, Acc* scratch) {
   const Layer s = problem.shapes[layer];
   const Matrix &A = problem.ref_A[layer], &B = problem.ref_B[layer];
   cpu::Reference<Acc> reference{};
   if (problem.align != Align::B) {
-    if (is_small<Acc>(s.r)) {
+    if (by_dots<Acc>(s.r)) {
       reference.A = block(Side::A, problem.ref_dtype, A, s.r, 0, int(s.k), panels);
     } else {
       for (std::int64_t at = 0; at < s.k; at += chunk_length(s.r)) {
@@ -63,8 +70,8 @@ inline std::int64_t chunk_elements(int r) {
 template <class Acc>
 std::size_t panel_scratch(int r) {
   const std::size_t chunk = chunk_elements(r);
-  const std::size_t small = is_small<Acc>(r) ? std::size_t(client_group) * r * lanes<Acc> : 0;
-  return (client_group + 1) * chunk + std::max(small, std::size_t(r) * r);
+  const std::size_t turned = std::size_t(client_group) * r * lanes<Acc>;
+  return (client_group + 1) * chunk + std::max(packed_columns * turned, std::size_t(r) * r);
 }
 
 // f(null pointer of the type that the clients' factors are loaded from). Above small ranks single
@@ -87,20 +94,20 @@ void covariance_from(const Problem& problem, int layer, int client,
   Acc* sums = scratch + chunk_elements(r);
   std::fill(M, M + r * r, Acc(0));
   if (problem.align != Align::B) {
-    if (small) std::fill(sums, sums + r * r * lanes<Acc>, Acc(0));
+    if (by_dots<Acc>(r)) std::fill(sums, sums + r * r * lanes<Acc>, Acc(0));
     for (std::int64_t at = 0; at < s.k; at += chunk_length(r)) {
       const int count = int(std::min<std::int64_t>(chunk_length(r), s.k - at));
       const Block<T> X =
           block(Side::A, problem.client_dtype, problem.lora_A[index], rank, at, count, panel);
       const Acc* Y = reference.A.data + at * reference.A.position;
-      if (small) {
+      if (by_dots<Acc>(r)) {
         dot_rows(rank, r, count, X.data, X.direction, Y, reference.A.direction, sums, ahead);
       } else if constexpr (std::is_same_v<T, Acc>) {
         const Term<Acc> term{X.data, X.direction, 1, Y, r, count};
         product<false>(rank, r, 1, &term, Into::added, M, r, ahead);
       }
     }
-    if (small)
+    if (by_dots<Acc>(r))
       for (int e = 0; e < rank * r; ++e) M[e] = horizontal_sum<Acc>(load(sums + e * lanes<Acc>));
   }
   if (problem.align == Align::A) return;
@@ -183,7 +190,7 @@ bool apply_from(const Problem& problem, int layer, Side side, std::int64_t begin
           terms[c] = {X.data, X.position, 1, Wi, r, rank};
       }
       if (side == Side::A)
-        product<true>(r, count, group, terms, into, C, row, ahead);
+        product<true>(r, count, group, terms, into, C, row, ahead, turned);
       else if (small)
         with_rank<Acc>(r, [&](auto R) {
           position_product<R>(count, group, packed, turned, i == 0, C, ahead);

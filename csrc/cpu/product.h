@@ -17,6 +17,8 @@ struct Term {
   int inner;
 };
 
+constexpr int most_terms = 8, packed_columns = 3;
+
 // What happens to the C that is there: overwritten; the first summand of one long sum, whose bits
 // do not depend on where it was interrupted; or added to a sum of its own, which keeps the rounding
 // errors of long sums small.
@@ -78,7 +80,7 @@ inline void product_tile(int terms, const Term<Acc, T>* term, std::int64_t row, 
   }
 }
 
-// All rows from `row` on, P at a time, then half as many.
+// All rows from `row` on, P at a time, then half as many; the last three or fewer in one tile.
 template <int P, int Q, bool whole, bool unit, class Acc, class T>
 inline void product_rows(int rows, int terms, const Term<Acc, T>* term, std::int64_t row,
                          std::int64_t col, int tail, Into into, Acc* C, std::int64_t c_row,
@@ -87,27 +89,57 @@ inline void product_rows(int rows, int terms, const Term<Acc, T>* term, std::int
     product_tile<P, Q, whole, unit>(terms, term, row, col, tail, into, C, c_row, ahead);
   if constexpr (P > 1)
     if (row < rows)
-      product_rows<P / 2, Q, whole, unit>(rows, terms, term, row, col, tail, into, C, c_row, ahead);
+      product_rows<(P > 4 ? P / 2 : P - 1), Q, whole, unit>(rows, terms, term, row, col, tail, into,
+                                                            C, c_row, ahead);
+}
+
+// The next Q vectors of columns for all rows. Where many tiles of rows read Y, its columns are
+// copied together first, into `packed`: rows of Y are often a power of two apart, and so in the
+// same few sets of the cache.
+template <int P, int Q, bool whole, bool unit, class Acc, class T>
+inline void product_columns(int rows, int terms, const Term<Acc, T>* term, std::int64_t col,
+                            int tail, Into into, Acc* C, std::int64_t c_row, Acc* packed,
+                            Ahead& ahead) {
+  if (!packed || rows <= 3 * P)
+    return product_rows<P, Q, whole, unit>(rows, terms, term, 0, col, tail, into, C, c_row, ahead);
+  Term<Acc> copies[most_terms];
+  for (int s = 0; s < terms; ++s) {
+    const Term<Acc, T>& t = term[s];
+    copies[s] = {t.X, t.x_row, t.x_inner, packed - col, Q * lanes<Acc>, t.inner};
+    const T* Y = t.Y + col;
+    for (int l = 0; l < t.inner; ++l, Y += t.y_row)
+      for (int q = 0; q < Q; ++q, packed += lanes<Acc>)
+        store(packed, whole || q + 1 < Q ? load_as<Acc>(Y + q * lanes<Acc>)
+                                         : load_partial_as<Acc>(Y + q * lanes<Acc>, tail));
+  }
+  product_rows<P, Q, whole, unit>(rows, terms, copies, 0, col, tail, into, C, c_row, ahead);
 }
 
 // C (rows, cols; rows c_row apart) <- sum over terms of X Y. Nothing beyond the columns given is
-// read or written.
+// read or written. packed: room for packed_columns vectors a row of all Y, or null.
 template <bool unit, class Acc, class T>
 inline void product(int rows, int cols, int terms, const Term<Acc, T>* term, Into into, Acc* C,
-                    std::int64_t c_row, Ahead& ahead) {
-  // Enough independent sums to hide the latency of a multiply-add, few enough for the registers.
-  constexpr int wide = vector_bytes == 64 ? 8 : 6, narrow = vector_bytes == 64 ? 16 : 8;
+                    std::int64_t c_row, Ahead& ahead, Acc* packed = nullptr) {
+  // Rows of a tile of three, two and one vectors: enough independent sums to hide the latency of a
+  // multiply-add, few enough for the registers. AVX-512 has 32 of them and needs no third vector.
+  constexpr bool many = vector_bytes == 64;
+  constexpr int P3 = 4, P2 = many ? 8 : 6, P1 = many ? 16 : 8;
   constexpr int width = lanes<Acc>;
   int col = 0;
+  if constexpr (!many)
+    for (; col + 3 * width <= cols && cols - col != 4 * width; col += 3 * width)
+      product_columns<P3, 3, true, unit>(rows, terms, term, col, 0, into, C, c_row, packed, ahead);
   for (; col + 2 * width <= cols; col += 2 * width)
-    product_rows<wide, 2, true, unit>(rows, terms, term, 0, col, width, into, C, c_row, ahead);
+    product_columns<P2, 2, true, unit>(rows, terms, term, col, 0, into, C, c_row, packed, ahead);
   const int rest = cols - col, tail = rest % width;
   if (rest > width)
-    product_rows<wide, 2, false, unit>(rows, terms, term, 0, col, tail, into, C, c_row, ahead);
+    product_columns<P2, 2, false, unit>(rows, terms, term, col, tail, into, C, c_row, packed,
+                                        ahead);
   else if (rest == width)
-    product_rows<narrow, 1, true, unit>(rows, terms, term, 0, col, width, into, C, c_row, ahead);
+    product_columns<P1, 1, true, unit>(rows, terms, term, col, 0, into, C, c_row, packed, ahead);
   else if (rest > 0)
-    product_rows<narrow, 1, false, unit>(rows, terms, term, 0, col, tail, into, C, c_row, ahead);
+    product_columns<P1, 1, false, unit>(rows, terms, term, col, tail, into, C, c_row, packed,
+                                        ahead);
 }
 
 }  // namespace FEDROT_ISA

@@ -11,7 +11,7 @@ namespace fedrot {
 inline namespace FEDROT_ISA {
 
 template <class Acc>
-constexpr int small_rank = lanes<Acc> > 8 ? 8 : lanes<Acc> - 1;
+constexpr int small_rank = lanes<Acc> / 2;
 
 // f(integral_constant r) for 1 <= r <= small_rank.
 template <class Acc, int R = small_rank<Acc>, class F>
@@ -143,7 +143,7 @@ inline void turn_matrix(const Acc* W, Acc* V) {
 template <int R, class Acc, class T>
 inline void position_product(int count, int clients, const T* const* X, const Acc* V, bool fresh,
                              Acc* C, Ahead& ahead) {
-  constexpr int used = lanes<Acc> / R * R, block = 4;  // vectors that share a load of V
+  constexpr int used = lanes<Acc> / R * R, block = 8;  // vectors that share a load of V, sums apart
   const std::int64_t length = std::int64_t(count) * R;
   Stream stream = take(ahead, R * used, length / used * clients);
   auto add = [&](auto vectors, std::int64_t at, Vector<Acc>* c, auto load_x) {
