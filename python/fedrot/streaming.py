@@ -18,8 +18,11 @@ from fedrot_kernels import ops
 # float64 mean. float32 alone loses digits over 10^6 clients; float64 alone makes every client
 # cost up to twice as much (docs/streaming.md).
 BLOCK = 64
-# Weights within a block are relative to its first; one that is larger by more opens a new block.
-LARGEST_RATIO = 2.0**40
+# Weights within a block are relative to its first; one larger by more than this opens a new block.
+RATIO = 2.0**20
+# On top of that a block is scaled down, so that no sum of finite values overflows. What float32
+# loses by it are values below 1e-30.
+SHRINK = 1 / (RATIO * BLOCK)
 
 
 class StreamingAggregator:
@@ -71,7 +74,7 @@ class StreamingAggregator:
             ops.check_finite(len(self._layers), ref_A=given[0], ref_B=given[1])
         except (ValueError, TypeError) as error:
             raise self._by_name(error, "reference") from None
-        self._options = {"lam": lam, "align": align, "proper": proper}
+        self._options = {"lam": float(lam), "align": align, "proper": bool(proper)}
         self._nonfinite = nonfinite
         self._dtype = problem.out_dtype
         # The operator rounds its result to the dtype of the reference. Here that would be once a
@@ -141,7 +144,7 @@ class StreamingAggregator:
         """Add the clients of another aggregator, which stays as it is.
 
         Raises:
-            ValueError: it has another reference, other options, or is on another device.
+            ValueError: it has another reference or other options.
         """
         if other._options != self._options:
             raise ValueError(
@@ -149,7 +152,8 @@ class StreamingAggregator:
             )
         if not torch.equal(self.fingerprint(), other.fingerprint()):
             raise ValueError("aggregators must have the same reference: layers or values differ")
-        self._total.join(other.mean(), other.weight)
+        device = self._reference[0][0].device
+        self._total.join([t.to(device) for t in other.mean()], other.weight)
         self._clients += other._clients
         self._dropped += other._dropped
 
@@ -265,8 +269,8 @@ class StreamingAggregator:
         error = self._by_name(error, name)
         if self._nonfinite == "raise":
             raise error from None
-        self._dropped += 1
         warnings.warn(f"{error}; it is left out", RuntimeWarning, stacklevel=3)
+        self._dropped += 1
 
     def _by_name(self, error: Exception, who: str) -> Exception:
         """The operator's error with layers by name, and ``who`` for its client 0."""
@@ -278,12 +282,12 @@ class StreamingAggregator:
 
 
 class _Mean:
-    """A weighted mean of lists of tensors, exact to about the precision of one of them."""
+    """A weighted mean of lists of tensors, as exact as one of them."""
 
     def __init__(self, like: list[Tensor]) -> None:
         self._mean = [torch.zeros_like(t, dtype=torch.float64) for t in like]
         self._mean_weight = 0.0
-        # The open block: the sum of weight / unit * tensor.
+        # The open block: the sum of SHRINK * weight / unit * tensor.
         self._sum = [torch.zeros_like(t) for t in like]
         self._sum_weight = 0.0
         self._unit = 0.0
@@ -296,31 +300,34 @@ class _Mean:
     def add(self, tensors: list[Tensor], weight: float) -> None:
         if weight == 0.0:
             return
-        if self._count == BLOCK or weight > LARGEST_RATIO * self._unit:
+        if self._count == BLOCK or weight > RATIO * self._unit:
             self.settled()
-        if self._count == 0:
             self._unit = weight
-        torch._foreach_add_(self._sum, tensors, alpha=weight / self._unit)
+        torch._foreach_add_(self._sum, tensors, alpha=SHRINK * (weight / self._unit))
         self._sum_weight += weight
         self._count += 1
 
     def join(self, mean: list[Tensor], weight: float) -> None:
+        """Add what has this mean and this weight."""
         self.settled()
         if weight > 0.0:
-            total = self._mean_weight + weight
-            torch._foreach_mul_(self._mean, self._mean_weight / total)
-            torch._foreach_add_(self._mean, mean, alpha=weight / total)
-            self._mean_weight = total
+            self._blend(mean, 1.0, weight)
 
     def settled(self) -> list[Tensor]:
         """The mean in float64, the open block closed into it; not a copy."""
         if self._count:
-            total = self.weight
-            torch._foreach_mul_(self._mean, self._mean_weight / total)
-            torch._foreach_add_(self._mean, self._sum, alpha=self._unit / total)
+            self._blend(self._sum, self._unit / self._sum_weight / SHRINK, self._sum_weight)
             torch._foreach_zero_(self._sum)
-            self._mean_weight, self._sum_weight, self._count = total, 0.0, 0
+            self._sum_weight = self._unit = 0.0
+            self._count = 0
         return self._mean
+
+    def _blend(self, tensors: list[Tensor], scale: float, weight: float) -> None:
+        """Add what has the mean ``scale * tensors`` and this weight."""
+        total = self._mean_weight + weight
+        torch._foreach_mul_(self._mean, self._mean_weight / total)
+        torch._foreach_add_(self._mean, tensors, alpha=scale * (weight / total))
+        self._mean_weight = total
 
 
 def check_total(clients: int, weight: float) -> None:
