@@ -1,7 +1,7 @@
 """From the keys of a PEFT state dict to layers of LoRA factors, and back."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,11 @@ EMBEDDING_NAMES = frozenset(
 
 _FACTOR = re.compile(r"(?P<name>.+)\.(?P<factor>lora_[AB]\.weight|lora_embedding_[AB])")
 _LORA_PART = re.compile(r"\.lora_\w+(\.|$)")
+# As in `model.state_dict()`, where the adapter has a name that PEFT leaves out when it saves.
+_ANY_FACTOR = re.compile(
+    r"(?P<name>.+)\.lora_(embedding_)?(?P<side>[AB])(\.(?P<adapter>(?!weight$)[^.]+))?(\.weight)?"
+)
+_BESIDE_FACTORS = re.compile(r".+\.lora_(B(\.[^.]+)?\.bias|magnitude_vector(\..+)?)")
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,35 @@ def sort_keys(tensors: Mapping[str, Tensor], config: Config, path: Path) -> Stat
         name: _layer(name, keys, tensors, config, path) for name, keys in sorted(factors.items())
     }
     return StateKeys(layers, lora_biases, tuple(magnitudes), tuple(plain))
+
+
+def factor_keys(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The keys of `A` and `B` of each layer, in a state dict that comes without a configuration.
+
+    Adapters may be named in the keys (`lora_A.default.weight`) or not; layers come in the order of
+    their names.
+
+    Raises:
+        FedrotError: no factors, one without the other, or a `lora_` tensor that may forbid to
+            rotate them (as AdaLoRA's `lora_E`).
+    """
+    found: dict[str, dict[str, str]] = {}
+    for key in keys:
+        if _BESIDE_FACTORS.fullmatch(key):
+            continue
+        if match := _ANY_FACTOR.fullmatch(key):
+            adapter = match["adapter"]
+            name = _layer_name(match["name"]) + (f" ({adapter})" if adapter else "")
+            found.setdefault(name, {})[match["side"]] = key
+        elif _LORA_PART.search(key):
+            raise FedrotError(f"unknown key {key!r} in the state dict")
+    if not found:
+        raise FedrotError("the state dict has no LoRA factors")
+    for name, sides in found.items():
+        for side in "AB":
+            if side not in sides:
+                raise FedrotError(f"layer {name!r} has no factor {side}")
+    return {name: (found[name]["A"], found[name]["B"]) for name in sorted(found)}
 
 
 def matrix(factor: Tensor) -> Tensor:
