@@ -336,8 +336,11 @@ def test_names_of_adapters_convolutions_and_biases():
     ("sent", "message"),
     [
         ({HEAD: torch.zeros(2)}, "no LoRA factors"),
-        ({A: EYE}, "layer 'q' has no factor B"),
-        ({A: EYE, B: EYE, "base_model.model.q.lora_E": torch.ones(2, 1)}, "unknown key .*lora_E"),
+        ({A: EYE}, "lora_A.weight' has no factor B"),
+        (
+            {A: EYE, B: EYE, "base_model.model.q.lora_E": torch.ones(2, 1)},
+            r"the global model has .*lora_E",
+        ),
     ],
 )
 def test_a_global_model_that_cannot_be_rotated_is_refused(sent, message):

@@ -19,11 +19,9 @@ EMBEDDING_NAMES = frozenset(
 
 _FACTOR = re.compile(r"(?P<name>.+)\.(?P<factor>lora_[AB]\.weight|lora_embedding_[AB])")
 _LORA_PART = re.compile(r"\.lora_\w+(\.|$)")
-# As in `model.state_dict()`, where the adapter has a name that PEFT leaves out when it saves.
-_ANY_FACTOR = re.compile(
-    r"(?P<name>.+)\.lora_(embedding_)?(?P<side>[AB])(\.(?P<adapter>(?!weight$)[^.]+))?(\.weight)?"
-)
-_BESIDE_FACTORS = re.compile(r".+\.lora_(B(\.[^.]+)?\.bias|magnitude_vector(\..+)?)")
+# The same in a model, where the adapter may be named.
+_NAMED = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+_NAMED_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
 
 
 @dataclass(frozen=True)
@@ -88,35 +86,6 @@ def sort_keys(tensors: Mapping[str, Tensor], config: Config, path: Path) -> Stat
     return StateKeys(layers, lora_biases, tuple(magnitudes), tuple(plain))
 
 
-def factor_keys(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """The keys of `A` and `B` of each layer, in a state dict that comes without a configuration.
-
-    Adapters may be named in the keys (`lora_A.default.weight`) or not; layers come in the order of
-    their names.
-
-    Raises:
-        FedrotError: no factors, one without the other, or a `lora_` tensor that may forbid to
-            rotate them (as AdaLoRA's `lora_E`).
-    """
-    found: dict[str, dict[str, str]] = {}
-    for key in keys:
-        if _BESIDE_FACTORS.fullmatch(key):
-            continue
-        if match := _ANY_FACTOR.fullmatch(key):
-            adapter = match["adapter"]
-            name = _layer_name(match["name"]) + (f" ({adapter})" if adapter else "")
-            found.setdefault(name, {})[match["side"]] = key
-        elif _LORA_PART.search(key):
-            raise FedrotError(f"unknown key {key!r} in the state dict")
-    if not found:
-        raise FedrotError("the state dict has no LoRA factors")
-    for name, sides in found.items():
-        for side in "AB":
-            if side not in sides:
-                raise FedrotError(f"layer {name!r} has no factor {side}")
-    return {name: (found[name]["A"], found[name]["B"]) for name in sorted(found)}
-
-
 def matrix(factor: Tensor) -> Tensor:
     """A factor as the matrix it stands for: (r, in, kh, kw) -> (r, k), (d, r, 1, 1) -> (d, r)."""
     return factor.flatten(1)
@@ -179,3 +148,35 @@ def _is_embedding(key: str, tensors: Mapping[str, Tensor]) -> bool:
     module = key.removesuffix(".weight").removesuffix(".base_layer")
     adapted = f"{module}.lora_embedding_A" in tensors
     return adapted or module.rsplit(".", 1)[-1] in EMBEDDING_NAMES
+
+
+def factor_keys(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The keys of `A` and `B` of every layer, where no configuration says which layers there are.
+
+    Takes PEFT's names with the adapter's (`...lora_A.default.weight`, as of parameters) and
+    without (`...lora_A.weight`, as in a saved state dict). Other keys are left out; layers are
+    sorted by name.
+
+    Raises:
+        ValueError: a layer has one factor without the other.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for key in sorted(keys):
+        if factor := factor_of(key):
+            layer, side = factor
+            found.setdefault(layer, {})[side] = key
+    for sides in found.values():
+        for side, other in ("AB", "BA"):
+            if side not in sides:
+                raise ValueError(f"{sides[other]!r} has no factor {side}: alignment needs both")
+    return {layer: (sides["A"], sides["B"]) for layer, sides in sorted(found.items())}
+
+
+def factor_of(key: str) -> tuple[str, str] | None:
+    """The layer and the side, `"A"` or `"B"`, of a key; None where it is no factor's."""
+    match = _NAMED.fullmatch(key) or _NAMED_EMBEDDING.fullmatch(key)
+    if match is None:
+        return None
+    name, side, adapter = match.groups()
+    suffix = f" ({adapter})" if adapter and adapter != "default" else ""
+    return _layer_name(name) + suffix, side
