@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -313,6 +315,18 @@ def test_inputs_stay_as_they_are():
         value.add_(7)
     assert all(torch.equal(sent[key], GLOBAL[key]) for key in sent)
     assert all(torch.equal(first[key], FIRST[key]) for key in first)
+
+
+def test_clients_are_not_kept():
+    aggregator = FedRotAggregator()
+    send(aggregator, GLOBAL)
+    kept = []
+    for name in ("site-1", "site-2"):
+        params = {key: value.clone() for key, value in FIRST.items()}
+        kept += [weakref.ref(value) for value in params.values()]
+        aggregator.accept_model(client(params, 1, name))
+        del params
+    assert [ref() for ref in kept] == [None] * 6
 
 
 def test_names_of_adapters_convolutions_and_biases():
