@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("nvflare", reason="NVFLARE is not installed: pip install 'fedrot[nvflare]'")
+pytest.importorskip(
+    "nvflare.apis", reason="NVFLARE is not installed: pip install 'fedrot[nvflare]'"
+)
 
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.apis.fl_context import FLContext

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("nvflare", reason="NVFLARE is not installed: pip install 'fedrot[nvflare]'")
+pytest.importorskip(
+    "nvflare.apis", reason="NVFLARE is not installed: pip install 'fedrot[nvflare]'"
+)
 
 pytestmark = pytest.mark.integration
 
