@@ -66,7 +66,7 @@ class StreamingAggregator:
         if nonfinite not in ("raise", "drop"):
             raise ValueError(f"nonfinite must be raise or drop, got {nonfinite!r}")
         if not reference.A:
-            raise ValueError("reference must have at least one layer")
+            raise ValueError("reference: there must be at least one layer")
         self._layers = list(reference.A)
         given = list(reference.A.values()), list(reference.B.values())
         try:
@@ -124,7 +124,7 @@ class StreamingAggregator:
         name = f"client {self._clients + self._dropped if name is None else name}"
         weight = float(weight)
         if not (weight >= 0.0 and math.isfinite(self.weight + weight)):
-            raise ValueError(f"weight must be non-negative with a finite sum, got {weight}: {name}")
+            raise ValueError(f"{name}: weight must be non-negative with a finite sum, got {weight}")
         lora_A, lora_B = self._in_order(client, name)
         try:
             A, B = torch.ops.fedrot.align_aggregate(
@@ -233,10 +233,13 @@ class StreamingAggregator:
                     f"state {key} must be {tuple(t.shape)} and finite, "
                     f"got {tuple(state[key].shape)}"
                 )
+        weight, clients, dropped = (float(state[key]) for key in ("weight", "clients", "dropped"))
+        for key, value in (("weight", weight), ("clients", clients), ("dropped", dropped)):
+            if not (value >= 0.0 and math.isfinite(value)):
+                raise ValueError(f"state {key} must be non-negative and finite, got {value}")
         total = _Mean([t for side in self._reference for t in side])
-        total.join([state[key].to(like[0]) for key in keys], float(state["weight"]))
-        self._total = total
-        self._clients, self._dropped = int(state["clients"]), int(state["dropped"])
+        total.join([state[key].to(like[0]) for key in keys], weight)
+        self._total, self._clients, self._dropped = total, int(clients), int(dropped)
 
     def _keys(self) -> list[str]:
         return [f"mean/{side}/{layer}" for side in "AB" for layer in self._layers]
