@@ -157,12 +157,12 @@ class StreamingAggregator:
         self._clients += other._clients
         self._dropped += other._dropped
 
-    def mean(self) -> list[Tensor]:
-        """The weighted mean so far in float64: ``A`` of every layer, then ``B`` of every layer.
+    def mean(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        """The weighted mean so far: ``A`` of every layer, then ``B`` of every layer; copies.
 
-        Zero where there is no weight yet. Copies.
+        Zero where there is no weight yet.
         """
-        return [t.clone() for t in self._total.settled()]
+        return [t.to(dtype, copy=True) for t in self._total.settled()]
 
     def finish(self) -> Factors:
         """The average of all clients so far, in the dtype of the reference, its layers in order.
@@ -173,15 +173,15 @@ class StreamingAggregator:
             ValueError: there are no clients, their weights are all zero, or the result overflows.
         """
         check_total(self.clients, self.weight)
-        return self.as_factors(self._total.settled())
+        return self.as_factors(self.mean(self._dtype))
 
     def as_factors(self, mean: list[Tensor]) -> Factors:
-        """What :meth:`mean` gives, as copies in the dtype of the reference.
+        """What :meth:`mean` gives, in the dtype of the reference.
 
         Raises:
             ValueError: a value overflows.
         """
-        tensors = [t.to(self._dtype, copy=True) for t in mean]
+        tensors = [t.to(self._dtype) for t in mean]
         _check_finite(tensors)
         count = len(self._layers)
         return Factors(

@@ -9,7 +9,8 @@ import weakref
 
 import pytest
 import torch
-from problems import OUTPUT_TOLERANCE, assert_close, planted
+from clients import LAYERS, check, problem, spoiled, tensors
+from problems import assert_close
 from safetensors.torch import load_file, save_file
 
 from fedrot import streaming
@@ -17,27 +18,8 @@ from fedrot.factors import Factors
 from fedrot.streaming import StreamingAggregator
 from fedrot_kernels.backends import reference
 
-SHAPES = [(9, 14, 4), (31, 8, 2), (5, 5, 5)]
-LAYERS = ["encoder.q", "encoder.v", "head"]
 WEIGHTS = [10.0, 20.0, 0.0, 31.0, 7.0]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def problem(clients=5, dtype=torch.float32, ref_dtype=None, **options):
-    """``(reference, clients, inputs)``, the inputs being those of the operator."""
-    inputs = planted(clients, SHAPES, dtype, **options)
-    for side in (inputs.ref_A, inputs.ref_B):
-        side[:] = [t.to(ref_dtype or dtype) for t in side]
-    n = len(SHAPES)
-
-    def factors(A, B):
-        return Factors(dict(zip(LAYERS, A, strict=True)), dict(zip(LAYERS, B, strict=True)))
-
-    uploads = [
-        factors(inputs.lora_A[n * i : n * i + n], inputs.lora_B[n * i : n * i + n])
-        for i in range(clients)
-    ]
-    return factors(inputs.ref_A, inputs.ref_B), uploads, inputs
 
 
 def filled(ref, uploads, weights=None, **options):
@@ -45,18 +27,6 @@ def filled(ref, uploads, weights=None, **options):
     for client, weight in zip(uploads, weights or itertools.repeat(1.0), strict=False):
         assert aggregator.accept(client, weight)
     return aggregator
-
-
-def tensors(factors):
-    return [*factors.A.values(), *factors.B.values()]
-
-
-def check(factors, inputs, weights=None, tolerance=None, **options):
-    """``factors`` are what the float64 reference makes of ``inputs``."""
-    w = None if weights is None else torch.tensor(weights)
-    A, B = reference.align_aggregate(*inputs, w, **options)
-    assert list(factors.A) == list(factors.B) == LAYERS
-    assert_close(tensors(factors), [*A, *B], tolerance or OUTPUT_TOLERANCE[A[0].dtype])
 
 
 @pytest.mark.parametrize("ref_dtype", DTYPES, ids=str)
@@ -219,16 +189,6 @@ def test_bad_states():
         with pytest.raises(ValueError, match=f"state .*{message}"):
             aggregator.load_state_dict(wrong)
     assert all(torch.equal(t, expected[k]) for k, t in aggregator.state_dict().items())
-
-
-def spoiled(client, layer, value, side="B"):
-    """A copy of the client with one value replaced."""
-    copy = Factors(
-        {name: t.clone() for name, t in client.A.items()},
-        {name: t.clone() for name, t in client.B.items()},
-    )
-    getattr(copy, side)[layer][1, 1] = value
-    return copy
 
 
 def without(client, layer):
@@ -397,19 +357,19 @@ def test_no_sum_overflows():
 
 
 def test_many_clients_lose_no_digits():
-    """20,000 that agree but for noise: float32 alone is off by 10 roundings, this is by one."""
+    """5,000 that agree but for noise: float32 alone is off by 10 roundings and more."""
     g = torch.Generator().manual_seed(0)
     mean, plain = streaming._Mean([torch.zeros(8)]), torch.zeros(8)
     exact = torch.zeros(8, dtype=torch.float64)
-    for _ in range(20_000):
+    for _ in range(5_000):
         x = 1 + 0.1 * torch.randn(8, generator=g)
         mean.add([x], 3.0)
         plain.add_(x, alpha=3.0)
         exact += x.double()
-    ours = float((mean.settled()[0] * 20_000 / exact - 1).abs().max())
+    ours = float((mean.settled()[0] * 5_000 / exact - 1).abs().max())
     theirs = float((plain.double() / 3 / exact - 1).abs().max())
     eps = torch.finfo(torch.float32).eps
-    assert ours < eps / 4 < 10 * eps / 4 < theirs
+    assert ours < eps / 2 and theirs > 5 * eps
 
 
 def test_memory_does_not_grow():
