@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ RATIO = 2.0**20
 # On top of that a block is scaled down, so that no sum of finite values overflows. What float32
 # loses by it are values below 1e-30.
 SHRINK = 1 / (RATIO * BLOCK)
+
+COUNTS = ("weight", "clients", "dropped")  # of a state
 
 
 class StreamingAggregator:
@@ -140,22 +143,26 @@ class StreamingAggregator:
         self._clients += 1
         return True
 
-    def merge(self, other: StreamingAggregator) -> None:
-        """Add the clients of another aggregator, which stays as it is.
+    def merge(self, other: StreamingAggregator | Mapping[str, Tensor]) -> None:
+        """Add the clients of another aggregator, which stays as it is, or those of its
+        :meth:`state_dict`: how aggregators make a tree.
 
         Raises:
-            ValueError: it has another reference or other options.
+            ValueError: it has another reference or other options, or a state is not as for
+                :meth:`load_state_dict`. The aggregator is then as it was.
         """
-        if other._options != self._options:
-            raise ValueError(
-                f"aggregators must have the same options, got {self._options}, {other._options}"
-            )
-        if not torch.equal(self.fingerprint(), other.fingerprint()):
-            raise ValueError("aggregators must have the same reference: layers or values differ")
-        device = self._reference[0][0].device
-        self._total.join([t.to(device) for t in other.mean()], other.weight)
-        self._clients += other._clients
-        self._dropped += other._dropped
+        if isinstance(other, StreamingAggregator):
+            if other._options != self._options:
+                raise ValueError(
+                    f"aggregators must have the same options, got {self._options}, {other._options}"
+                )
+            other = other.state_dict()
+        mean, weight, clients, dropped = self._read(other)
+        if not math.isfinite(self.weight + weight):
+            raise ValueError(f"weights must have a finite sum, got {self.weight} and {weight}")
+        self._total.join(mean, weight)
+        self._clients += clients
+        self._dropped += dropped
 
     def mean(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         """The weighted mean so far: ``A`` of every layer, then ``B`` of every layer; copies.
@@ -205,41 +212,45 @@ class StreamingAggregator:
         tensors share no memory: ``safetensors.torch.save_file`` takes them."""
         return {
             **dict(zip(self._keys(), self.mean(), strict=True)),
-            "weight": torch.tensor(self.weight, dtype=torch.float64),
-            "clients": torch.tensor(self._clients),
-            "dropped": torch.tensor(self._dropped),
+            **{key: torch.tensor(getattr(self, key), dtype=torch.float64) for key in COUNTS},
             "fingerprint": self.fingerprint().clone(),
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a :meth:`state_dict` instead of the present state.
 
         Raises:
             ValueError: a tensor is missing, unknown, not finite or of another shape, or the state
                 was made with another reference or other options. The aggregator is then as it was.
         """
-        keys, like = self._keys(), self._total.settled()
-        wanted = {*keys, "weight", "clients", "dropped", "fingerprint"}
+        mean, weight, clients, dropped = self._read(state)
+        total = _Mean([t for side in self._reference for t in side])
+        total.join(mean, weight)
+        self._total, self._clients, self._dropped = total, clients, dropped
+
+    def _read(self, state: Mapping[str, Tensor]) -> tuple[list[Tensor], float, int, int]:
+        """Mean, weight, clients, dropped of a checked state, the mean on the own device."""
+        keys, like = self._keys(), [t for side in self._reference for t in side]
+        wanted = {*keys, *COUNTS, "fingerprint"}
         if state.keys() != wanted:
             raise ValueError(
                 f"state must be that of state_dict: missing {sorted(wanted - state.keys())}, "
                 f"unknown {sorted(state.keys() - wanted)}"
             )
         if not torch.equal(state["fingerprint"].cpu(), self.fingerprint()):
-            raise ValueError("state must be of the same reference and options")
+            raise ValueError("aggregators must have the same reference and options")
         for key, t in zip(keys, like, strict=True):
             if state[key].shape != t.shape or not bool(state[key].isfinite().all()):
                 raise ValueError(
                     f"state {key} must be {tuple(t.shape)} and finite, "
                     f"got {tuple(state[key].shape)}"
                 )
-        weight, clients, dropped = (float(state[key]) for key in ("weight", "clients", "dropped"))
-        for key, value in (("weight", weight), ("clients", clients), ("dropped", dropped)):
+        weight, clients, dropped = (float(state[key]) for key in COUNTS)
+        for key, value in zip(COUNTS, (weight, clients, dropped), strict=True):
             if not (value >= 0.0 and math.isfinite(value)):
                 raise ValueError(f"state {key} must be non-negative and finite, got {value}")
-        total = _Mean([t for side in self._reference for t in side])
-        total.join([state[key].to(like[0]) for key in keys], weight)
-        self._total, self._clients, self._dropped = total, int(clients), int(dropped)
+        mean = [state[key].to(like[0].device, torch.float64) for key in keys]
+        return mean, weight, int(clients), int(dropped)
 
     def _keys(self) -> list[str]:
         return [f"mean/{side}/{layer}" for side in "AB" for layer in self._layers]

@@ -76,8 +76,9 @@ def test_order_and_split_do_not_matter():
     check(shuffled.finish(), inputs, weights)
 
     whole = filled(ref, uploads[:1], weights[:1])
-    for part in (slice(1, 3), slice(3, 3), slice(3, 120), slice(120, 150)):
+    for part in (slice(1, 3), slice(3, 3), slice(3, 120)):
         whole.merge(filled(ref, uploads[part], weights[part]))
+    whole.merge(filled(ref, uploads[120:], weights[120:]).state_dict())
     assert (whole.clients, whole.weight) == (150, sum(weights))
     assert_close(tensors(whole.finish()), tensors(shuffled.finish()), 3e-7)
 
@@ -186,8 +187,10 @@ def test_bad_states():
     }
     del bad["missing .'weight'., unknown .'x'."]["weight"]
     for message, wrong in bad.items():
-        with pytest.raises(ValueError, match=f"state .*{message}"):
+        with pytest.raises(ValueError, match=message):
             aggregator.load_state_dict(wrong)
+        with pytest.raises(ValueError, match=message):
+            aggregator.merge(wrong)
     assert all(torch.equal(t, expected[k]) for k, t in aggregator.state_dict().items())
 
 
@@ -276,6 +279,8 @@ def test_bad_weights(weight):
 def test_the_sum_of_weights_is_finite():
     ref, uploads, _ = problem()
     aggregator = filled(ref, uploads[:1], [1.5e308])
+    with pytest.raises(ValueError, match="weights must have a finite sum"):
+        aggregator.merge(aggregator)
     with pytest.raises(ValueError, match="weight must be non-negative with a finite sum"):
         aggregator.accept(uploads[0], 1.5e308)
     assert aggregator.weight == 1.5e308
