@@ -7,13 +7,15 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import fedrot_kernels  # noqa: F401  (registers torch.ops.fedrot)
 from fedrot.factors import Factors
 from fedrot_kernels import ops
+from fedrot_kernels.plan import run_once
+from fedrot_kernels.tables import empty_outputs
 
 # So many clients are summed in float32 (float64 for a float64 reference) before they go into a
 # float64 mean. float32 alone loses digits over 10^6 clients; float64 alone makes every client
@@ -31,9 +33,9 @@ COUNTS = ("weight", "clients", "dropped")  # of a state
 class StreamingAggregator:
     """``torch.ops.fedrot.align_aggregate`` for clients that arrive one at a time.
 
-    It holds one reference, one sum and one mean, however many clients it has seen. The result
-    does not depend on their order, nor on how they are spread over aggregators that are merged,
-    but for rounding::
+    It holds the reference, one client, a sum and a mean, however many clients it has seen. The
+    result does not depend on their order, nor on how they are spread over aggregators that are
+    merged, but for rounding::
 
         aggregator = StreamingAggregator(reference)
         for client, examples in uploads:
@@ -77,15 +79,18 @@ class StreamingAggregator:
             ops.check_finite(len(self._layers), ref_A=given[0], ref_B=given[1])
         except (ValueError, TypeError) as error:
             raise self._by_name(error, "reference") from None
-        self._options = {"lam": float(lam), "align": align, "proper": bool(proper)}
+        self._options: dict[str, Any] = {"lam": float(lam), "align": align, "proper": bool(proper)}
         self._nonfinite = nonfinite
         self._dtype = problem.out_dtype
         # The operator rounds its result to the dtype of the reference. Here that would be once a
         # client, so the reference is widened to what is accumulated in.
-        self._reference = [
-            [t.detach().to(problem.compute_dtype, copy=True) for t in side] for side in given
-        ]
-        self._total = _Mean([t for side in self._reference for t in side])
+        ref_A, ref_B = (
+            [t.detach().to(problem.compute_dtype, copy=True).contiguous() for t in side]
+            for side in given
+        )
+        self._reference = ref_A, ref_B
+        self._aligned = empty_outputs(*self._reference)  # of the client at hand
+        self._total = _Mean(self._like())
         self._clients = self._dropped = 0
         self._fingerprint: Tensor | None = None
 
@@ -129,17 +134,15 @@ class StreamingAggregator:
         if not (weight >= 0.0 and math.isfinite(self.weight + weight)):
             raise ValueError(f"{name}: weight must be non-negative with a finite sum, got {weight}")
         lora_A, lora_B = self._in_order(client, name)
+        A, B = self._aligned
         try:
-            A, B = torch.ops.fedrot.align_aggregate(
-                lora_A, lora_B, *self._reference, **self._options
-            )
-            aligned = [*A, *B]
-            if aligned[0].device.type != "cpu":  # there the operator itself looks
-                _check_finite(aligned)
+            run_once((lora_A, lora_B, *self._reference), A, B, **self._options)
+            if A[0].device.type != "cpu":  # there the operator itself looks
+                _check_finite([*A, *B])
         except (ValueError, TypeError) as error:
             self._refuse(lora_A, lora_B, error, name)
             return False
-        self._total.add(aligned, weight)
+        self._total.add([*A, *B], weight)
         self._clients += 1
         return True
 
@@ -201,7 +204,7 @@ class StreamingAggregator:
         merged, also across processes."""
         if self._fingerprint is None:
             digest = hashlib.sha256(repr((self._layers, sorted(self._options.items()))).encode())
-            for t in (t for side in self._reference for t in side):
+            for t in self._like():
                 digest.update(repr((t.dtype, tuple(t.shape))).encode())
                 digest.update(t.cpu().contiguous().numpy().data)
             self._fingerprint = torch.tensor(list(digest.digest()), dtype=torch.uint8)
@@ -224,13 +227,13 @@ class StreamingAggregator:
                 was made with another reference or other options. The aggregator is then as it was.
         """
         mean, weight, clients, dropped = self._read(state)
-        total = _Mean([t for side in self._reference for t in side])
+        total = _Mean(self._like())
         total.join(mean, weight)
         self._total, self._clients, self._dropped = total, clients, dropped
 
     def _read(self, state: Mapping[str, Tensor]) -> tuple[list[Tensor], float, int, int]:
         """Mean, weight, clients, dropped of a checked state, the mean on the own device."""
-        keys, like = self._keys(), [t for side in self._reference for t in side]
+        keys, like = self._keys(), self._like()
         wanted = {*keys, *COUNTS, "fingerprint"}
         if state.keys() != wanted:
             raise ValueError(
@@ -240,7 +243,7 @@ class StreamingAggregator:
         if not torch.equal(state["fingerprint"].cpu(), self.fingerprint()):
             raise ValueError("aggregators must have the same reference and options")
         for key, t in zip(keys, like, strict=True):
-            if state[key].shape != t.shape or not bool(state[key].isfinite().all()):
+            if state[key].shape != t.shape or not math.isfinite(float(state[key].sum())):
                 raise ValueError(
                     f"state {key} must be {tuple(t.shape)} and finite, "
                     f"got {tuple(state[key].shape)}"
@@ -251,6 +254,10 @@ class StreamingAggregator:
                 raise ValueError(f"state {key} must be non-negative and finite, got {value}")
         mean = [state[key].to(like[0].device, torch.float64) for key in keys]
         return mean, weight, int(clients), int(dropped)
+
+    def _like(self) -> list[Tensor]:
+        ref_A, ref_B = self._reference
+        return [*ref_A, *ref_B]
 
     def _keys(self) -> list[str]:
         return [f"mean/{side}/{layer}" for side in "AB" for layer in self._layers]

@@ -383,11 +383,11 @@ def test_memory_does_not_grow():
 
     def held():
         total = aggregator._total
-        lists = (*aggregator._reference, total._mean, total._sum)
+        lists = (*aggregator._reference, *aggregator._aligned, total._mean, total._sum)
         return sum(t.untyped_storage().nbytes() for tensors in lists for t in tensors)
 
     begin, elements = held(), sum(t.numel() for t in tensors(ref))
-    assert begin == elements * (4 + 4 + 8)
+    assert begin == elements * (4 + 4 + 4 + 8)
     gone = [weakref.ref(t) for client in uploads for t in tensors(client)]
     while uploads:
         aggregator.accept(uploads.pop())
