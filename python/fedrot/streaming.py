@@ -6,13 +6,16 @@ import hashlib
 import math
 import re
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import fedrot_kernels  # noqa: F401  (registers torch.ops.fedrot)
 from fedrot.factors import Factors
 from fedrot_kernels import ops
+from fedrot_kernels.plan import run_once
+from fedrot_kernels.tables import empty_outputs
 
 # So many clients are summed in float32 (float64 for a float64 reference) before they go into a
 # float64 mean. float32 alone loses digits over 10^6 clients; float64 alone makes every client
@@ -24,13 +27,15 @@ RATIO = 2.0**20
 # loses by it are values below 1e-30.
 SHRINK = 1 / (RATIO * BLOCK)
 
+COUNTS = ("weight", "clients", "dropped")  # of a state
+
 
 class StreamingAggregator:
     """``torch.ops.fedrot.align_aggregate`` for clients that arrive one at a time.
 
-    It holds one reference, one sum and one mean, however many clients it has seen. The result
-    does not depend on their order, nor on how they are spread over aggregators that are merged,
-    but for rounding::
+    It holds the reference, one client, a sum and a mean, however many clients it has seen. The
+    result does not depend on their order, nor on how they are spread over aggregators that are
+    merged, but for rounding::
 
         aggregator = StreamingAggregator(reference)
         for client, examples in uploads:
@@ -66,7 +71,7 @@ class StreamingAggregator:
         if nonfinite not in ("raise", "drop"):
             raise ValueError(f"nonfinite must be raise or drop, got {nonfinite!r}")
         if not reference.A:
-            raise ValueError("reference must have at least one layer")
+            raise ValueError("reference: there must be at least one layer")
         self._layers = list(reference.A)
         given = list(reference.A.values()), list(reference.B.values())
         try:
@@ -74,15 +79,18 @@ class StreamingAggregator:
             ops.check_finite(len(self._layers), ref_A=given[0], ref_B=given[1])
         except (ValueError, TypeError) as error:
             raise self._by_name(error, "reference") from None
-        self._options = {"lam": float(lam), "align": align, "proper": bool(proper)}
+        self._options: dict[str, Any] = {"lam": float(lam), "align": align, "proper": bool(proper)}
         self._nonfinite = nonfinite
         self._dtype = problem.out_dtype
         # The operator rounds its result to the dtype of the reference. Here that would be once a
         # client, so the reference is widened to what is accumulated in.
-        self._reference = [
-            [t.detach().to(problem.compute_dtype, copy=True) for t in side] for side in given
-        ]
-        self._total = _Mean([t for side in self._reference for t in side])
+        ref_A, ref_B = (
+            [t.detach().to(problem.compute_dtype, copy=True).contiguous() for t in side]
+            for side in given
+        )
+        self._reference = ref_A, ref_B
+        self._aligned = empty_outputs(*self._reference)  # of the client at hand
+        self._total = _Mean(self._like())
         self._clients = self._dropped = 0
         self._fingerprint: Tensor | None = None
 
@@ -124,45 +132,47 @@ class StreamingAggregator:
         name = f"client {self._clients + self._dropped if name is None else name}"
         weight = float(weight)
         if not (weight >= 0.0 and math.isfinite(self.weight + weight)):
-            raise ValueError(f"weight must be non-negative with a finite sum, got {weight}: {name}")
+            raise ValueError(f"{name}: weight must be non-negative with a finite sum, got {weight}")
         lora_A, lora_B = self._in_order(client, name)
+        A, B = self._aligned
         try:
-            A, B = torch.ops.fedrot.align_aggregate(
-                lora_A, lora_B, *self._reference, **self._options
-            )
-            aligned = [*A, *B]
-            if aligned[0].device.type != "cpu":  # there the operator itself looks
-                _check_finite(aligned)
+            run_once((lora_A, lora_B, *self._reference), A, B, **self._options)
+            if A[0].device.type != "cpu":  # there the operator itself looks
+                _check_finite([*A, *B])
         except (ValueError, TypeError) as error:
             self._refuse(lora_A, lora_B, error, name)
             return False
-        self._total.add(aligned, weight)
+        self._total.add([*A, *B], weight)
         self._clients += 1
         return True
 
-    def merge(self, other: StreamingAggregator) -> None:
-        """Add the clients of another aggregator, which stays as it is.
+    def merge(self, other: StreamingAggregator | Mapping[str, Tensor]) -> None:
+        """Add the clients of another aggregator, which stays as it is, or those of its
+        :meth:`state_dict`: how aggregators make a tree.
 
         Raises:
-            ValueError: it has another reference or other options.
+            ValueError: it has another reference or other options, or a state is not as for
+                :meth:`load_state_dict`. The aggregator is then as it was.
         """
-        if other._options != self._options:
-            raise ValueError(
-                f"aggregators must have the same options, got {self._options}, {other._options}"
-            )
-        if not torch.equal(self.fingerprint(), other.fingerprint()):
-            raise ValueError("aggregators must have the same reference: layers or values differ")
-        device = self._reference[0][0].device
-        self._total.join([t.to(device) for t in other.mean()], other.weight)
-        self._clients += other._clients
-        self._dropped += other._dropped
+        if isinstance(other, StreamingAggregator):
+            if other._options != self._options:
+                raise ValueError(
+                    f"aggregators must have the same options, got {self._options}, {other._options}"
+                )
+            other = other.state_dict()
+        mean, weight, clients, dropped = self._read(other)
+        if not math.isfinite(self.weight + weight):
+            raise ValueError(f"weights must have a finite sum, got {self.weight} and {weight}")
+        self._total.join(mean, weight)
+        self._clients += clients
+        self._dropped += dropped
 
-    def mean(self) -> list[Tensor]:
-        """The weighted mean so far in float64: ``A`` of every layer, then ``B`` of every layer.
+    def mean(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        """The weighted mean so far: ``A`` of every layer, then ``B`` of every layer; copies.
 
-        Zero where there is no weight yet. Copies.
+        Zero where there is no weight yet.
         """
-        return [t.clone() for t in self._total.settled()]
+        return [t.to(dtype, copy=True) for t in self._total.settled()]
 
     def finish(self) -> Factors:
         """The average of all clients so far, in the dtype of the reference, its layers in order.
@@ -173,15 +183,15 @@ class StreamingAggregator:
             ValueError: there are no clients, their weights are all zero, or the result overflows.
         """
         check_total(self.clients, self.weight)
-        return self.as_factors(self._total.settled())
+        return self.as_factors(self.mean(self._dtype))
 
     def as_factors(self, mean: list[Tensor]) -> Factors:
-        """What :meth:`mean` gives, as copies in the dtype of the reference.
+        """What :meth:`mean` gives, in the dtype of the reference.
 
         Raises:
             ValueError: a value overflows.
         """
-        tensors = [t.to(self._dtype, copy=True) for t in mean]
+        tensors = [t.to(self._dtype) for t in mean]
         _check_finite(tensors)
         count = len(self._layers)
         return Factors(
@@ -194,7 +204,7 @@ class StreamingAggregator:
         merged, also across processes."""
         if self._fingerprint is None:
             digest = hashlib.sha256(repr((self._layers, sorted(self._options.items()))).encode())
-            for t in (t for side in self._reference for t in side):
+            for t in self._like():
                 digest.update(repr((t.dtype, tuple(t.shape))).encode())
                 digest.update(t.cpu().contiguous().numpy().data)
             self._fingerprint = torch.tensor(list(digest.digest()), dtype=torch.uint8)
@@ -205,38 +215,49 @@ class StreamingAggregator:
         tensors share no memory: ``safetensors.torch.save_file`` takes them."""
         return {
             **dict(zip(self._keys(), self.mean(), strict=True)),
-            "weight": torch.tensor(self.weight, dtype=torch.float64),
-            "clients": torch.tensor(self._clients),
-            "dropped": torch.tensor(self._dropped),
+            **{key: torch.tensor(getattr(self, key), dtype=torch.float64) for key in COUNTS},
             "fingerprint": self.fingerprint().clone(),
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a :meth:`state_dict` instead of the present state.
 
         Raises:
             ValueError: a tensor is missing, unknown, not finite or of another shape, or the state
                 was made with another reference or other options. The aggregator is then as it was.
         """
-        keys, like = self._keys(), self._total.settled()
-        wanted = {*keys, "weight", "clients", "dropped", "fingerprint"}
+        mean, weight, clients, dropped = self._read(state)
+        total = _Mean(self._like())
+        total.join(mean, weight)
+        self._total, self._clients, self._dropped = total, clients, dropped
+
+    def _read(self, state: Mapping[str, Tensor]) -> tuple[list[Tensor], float, int, int]:
+        """Mean, weight, clients, dropped of a checked state, the mean on the own device."""
+        keys, like = self._keys(), self._like()
+        wanted = {*keys, *COUNTS, "fingerprint"}
         if state.keys() != wanted:
             raise ValueError(
                 f"state must be that of state_dict: missing {sorted(wanted - state.keys())}, "
                 f"unknown {sorted(state.keys() - wanted)}"
             )
         if not torch.equal(state["fingerprint"].cpu(), self.fingerprint()):
-            raise ValueError("state must be of the same reference and options")
+            raise ValueError("aggregators must have the same reference and options")
         for key, t in zip(keys, like, strict=True):
-            if state[key].shape != t.shape or not bool(state[key].isfinite().all()):
+            if state[key].shape != t.shape or not math.isfinite(float(state[key].sum())):
                 raise ValueError(
                     f"state {key} must be {tuple(t.shape)} and finite, "
                     f"got {tuple(state[key].shape)}"
                 )
-        total = _Mean([t for side in self._reference for t in side])
-        total.join([state[key].to(like[0]) for key in keys], float(state["weight"]))
-        self._total = total
-        self._clients, self._dropped = int(state["clients"]), int(state["dropped"])
+        weight, clients, dropped = (float(state[key]) for key in COUNTS)
+        for key, value in zip(COUNTS, (weight, clients, dropped), strict=True):
+            if not (value >= 0.0 and math.isfinite(value)):
+                raise ValueError(f"state {key} must be non-negative and finite, got {value}")
+        mean = [state[key].to(like[0].device, torch.float64) for key in keys]
+        return mean, weight, int(clients), int(dropped)
+
+    def _like(self) -> list[Tensor]:
+        ref_A, ref_B = self._reference
+        return [*ref_A, *ref_B]
 
     def _keys(self) -> list[str]:
         return [f"mean/{side}/{layer}" for side in "AB" for layer in self._layers]
