@@ -151,6 +151,7 @@ def tools() -> Any:
         rewrite = staticmethod(rewrite)
         output_of = staticmethod(output_of)
         says = staticmethod(says)
+        base_model = staticmethod(base_model)
         adapted = staticmethod(adapted)
         randomised = staticmethod(randomised)
         saved = staticmethod(saved)

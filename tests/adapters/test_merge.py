@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedrot.adapters import gather, measure, merge, read_adapter, write_adapter
+from fedrot.adapters import aggregate, gather, measure, merge, read_adapter, write_adapter
 from fedrot.errors import FedrotError
 from fedrot.methods import FedRot
 
@@ -289,6 +289,8 @@ def test_transformer_with_classifier_and_embedding(tmp_path, tools):
         torch.manual_seed(0)
         return BertForSequenceClassification(BertConfig(vocab_size=30, num_hidden_layers=2, **size))
 
+    models = []
+
     def client(name: str, seed: int) -> Path:
         targets = ["word_embeddings", "query", "value", "embed_tokens"]
         config = LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=6, target_modules=targets)
@@ -298,6 +300,7 @@ def test_transformer_with_classifier_and_embedding(tmp_path, tools):
             for value in (p for p in model.parameters() if p.requires_grad):
                 value.add_(0.3 * torch.randn(value.shape, generator=gen))
         model.save_pretrained(tmp_path / name)
+        models.append(model)
         return tmp_path / name
 
     def logits(folder: Path) -> Tensor:
@@ -321,3 +324,9 @@ def test_transformer_with_classifier_and_embedding(tmp_path, tools):
     )
     torch.testing.assert_close(logits(one), logits(b), rtol=0, atol=1e-5)
     assert (logits(a) - logits(b)).abs().max() > 0.05
+
+    # In memory it is the same, embeddings and all.
+    in_memory = aggregate(models).tensors
+    on_disk = tools.tensors(run([a, b], tmp_path / "both"))
+    assert in_memory.keys() == on_disk.keys()
+    assert all(torch.equal(in_memory[key], value) for key, value in on_disk.items())

@@ -16,7 +16,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Adapter:
-    """One LoRA adapter: where it comes from, what its configuration says, its tensors on the CPU."""
+    """One LoRA adapter: where it comes from, its configuration, its tensors on the CPU."""
 
     source: str  # how errors call it: its folder, or its place among the arguments
     config: Config

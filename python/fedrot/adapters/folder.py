@@ -97,4 +97,3 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(file)
     except SafetensorError as error:
         raise FedrotError(f"{file}: corrupt or not a safetensors file ({error})") from error
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -49,7 +50,7 @@ class Merged:
         """`config` as PEFT's class."""
         from peft import LoraConfig
 
-        return LoraConfig.from_peft_type(**self.config)
+        return LoraConfig.from_peft_type(**deepcopy(self.config))
 
     @property
     def notes(self) -> list[str]:
@@ -93,7 +94,7 @@ class Merged:
         config.inference_mode = True
         model.add_adapter(name, config)
         try:
-            loaded = set_peft_model_state_dict(model, self.tensors, adapter_name=name)
+            loaded: Any = set_peft_model_state_dict(model, self.tensors, adapter_name=name)
             missing = [key for key in loaded.missing_keys if f".{name}" in key and "lora_" in key]
             if wrong := [*loaded.unexpected_keys, *missing]:
                 raise FedrotError(f"model: it has not the layers of the adapter: {wrong[0]!r}")

@@ -90,13 +90,14 @@ def _from_model(model: Any, adapter: str | None, name: str) -> Adapter:
             f"{name}: init_lora_weights={config['init_lora_weights']!r} changes the base weights "
             "for each adapter of a model, so with several no two have the same; load each alone"
         )
-    # As PEFT saves them, except that it may ask the hub whether a vocabulary was resized.
+    # As PEFT saves them; left to itself it may ask the hub whether a vocabulary was resized, and
+    # takes the bias of a lora_B for a shard.
     embeddings = any(
         name.rsplit(".", 1)[-1] in EMBEDDING_NAMES and adapter in _factors_of(module)
         for name, module in model.named_modules()
     )
     tensors = get_peft_model_state_dict(
-        model, adapter_name=adapter, save_embedding_layers=embeddings
+        model, model.state_dict(), adapter, save_embedding_layers=embeddings
     )
     parameters = {
         path.removeprefix(PREFIX): f"{_inside(path)}.{module.parameter_name}"
