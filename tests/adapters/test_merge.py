@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedrot.adapters import gather, measure, merge, read_adapter, write_adapter
+from fedrot.adapters import aggregate, gather, measure, merge, read_adapter, write_adapter
 from fedrot.errors import FedrotError
 from fedrot.methods import FedRot
 
@@ -22,20 +22,6 @@ def run(clients, output: Path, reference=None, weights=None, lam=1.0, align="joi
     merged = merge(gather(read, ref, weights, rank), FedRot(lam, align))
     write_adapter(output, merged.config, merged.tensors, {})
     return output
-
-
-def hand_merge(
-    factors: list[tuple[Tensor, Tensor]], ref: tuple[Tensor, Tensor], weights: list[float]
-) -> tuple[Tensor, Tensor]:
-    """`sum w_i R_i^T A_i`, `sum w_i B_i R_i` with the best rotations (SVD), float64, lam = 1."""
-    A_sum, B_sum = torch.zeros_like(ref[0]), torch.zeros_like(ref[1])
-    for (A, B), weight in zip(factors, weights, strict=True):
-        U, _, Vh = torch.linalg.svd(B.T @ ref[1] + A @ ref[0].T)
-        U[:, -1] *= torch.linalg.det(U @ Vh)
-        R = U @ Vh
-        A_sum += weight * R.T @ A
-        B_sum += weight * B @ R
-    return A_sum, B_sum
 
 
 @pytest.mark.parametrize("align", ["joint", "A", "B"])
@@ -60,7 +46,7 @@ def test_weighted_merge_equals_the_hand_computation(save, tools, tmp_path):
     for key_A in [k for k in merged if "lora_A" in k or "embedding_A" in k]:
         key_B = key_A.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")
         f = [(state[key_A].flatten(1), state[key_B].flatten(1)) for state in t]
-        A, B = hand_merge(f[:2], f[2], [0.75, 0.25])
+        A, B = tools.hand_merge(f[:2], f[2], [0.75, 0.25])
         assert merged[key_A].shape == t[0][key_A].shape
         torch.testing.assert_close(merged[key_A].flatten(1).double(), A, rtol=0, atol=5e-6)
         torch.testing.assert_close(merged[key_B].flatten(1).double(), B, rtol=0, atol=5e-6)
@@ -144,7 +130,7 @@ def test_fresh_reference_with_zero_B_is_fine(save, tools, regauge, tmp_path):
     states = [{k: v.double() for k, v in tools.tensors(f).items()} for f in (a, b, ref)]
     key_A = "base_model.model.lin1.lora_A.weight"
     f = [(s[key_A], s[key_A.replace("lora_A", "lora_B")]) for s in states]
-    A, B = hand_merge(f[:2], f[2], [0.5, 0.5])
+    A, B = tools.hand_merge(f[:2], f[2], [0.5, 0.5])
     torch.testing.assert_close(merged[key_A].double(), A, rtol=0, atol=5e-6)
     torch.testing.assert_close(
         merged[key_A.replace("lora_A", "lora_B")].double(), B, rtol=0, atol=5e-6
@@ -210,7 +196,7 @@ def test_bf16_is_rounded_once_and_dtypes_may_differ(save, tools, tmp_path):
         key_B = key_A.replace("lora_A", "lora_B")
         f = [(s[key_A], s[key_B]) for s in states]
         for value, exact in zip(
-            (merged[key_A], merged[key_B]), hand_merge(f[:2], f[2], [0.5, 0.5]), strict=True
+            (merged[key_A], merged[key_B]), tools.hand_merge(f[:2], f[2], [0.5, 0.5]), strict=True
         ):
             assert value.dtype == torch.bfloat16
             # One rounding: at most half a bf16 step, and fp32 noise.
@@ -224,7 +210,7 @@ def test_float64_stays_float64(save, tools, tmp_path):
     states = [tools.tensors(f) for f in (a, b)]
     key_A, key_B = (f"base_model.model.lin1.lora_{side}.weight" for side in "AB")
     f = [(s[key_A], s[key_B]) for s in states]
-    A, B = hand_merge(f, f[0], [0.5, 0.5])
+    A, B = tools.hand_merge(f, f[0], [0.5, 0.5])
     torch.testing.assert_close(merged[key_A], A, rtol=0, atol=1e-12)
     torch.testing.assert_close(merged[key_B], B, rtol=0, atol=1e-12)
 
@@ -303,6 +289,8 @@ def test_transformer_with_classifier_and_embedding(tmp_path, tools):
         torch.manual_seed(0)
         return BertForSequenceClassification(BertConfig(vocab_size=30, num_hidden_layers=2, **size))
 
+    models = []
+
     def client(name: str, seed: int) -> Path:
         targets = ["word_embeddings", "query", "value", "embed_tokens"]
         config = LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=6, target_modules=targets)
@@ -312,6 +300,7 @@ def test_transformer_with_classifier_and_embedding(tmp_path, tools):
             for value in (p for p in model.parameters() if p.requires_grad):
                 value.add_(0.3 * torch.randn(value.shape, generator=gen))
         model.save_pretrained(tmp_path / name)
+        models.append(model)
         return tmp_path / name
 
     def logits(folder: Path) -> Tensor:
@@ -335,3 +324,9 @@ def test_transformer_with_classifier_and_embedding(tmp_path, tools):
     )
     torch.testing.assert_close(logits(one), logits(b), rtol=0, atol=1e-5)
     assert (logits(a) - logits(b)).abs().max() > 0.05
+
+    # In memory it is the same, embeddings and all.
+    in_memory = aggregate(models).tensors
+    on_disk = tools.tensors(run([a, b], tmp_path / "both"))
+    assert in_memory.keys() == on_disk.keys()
+    assert all(torch.equal(in_memory[key], value) for key, value in on_disk.items())

@@ -75,6 +75,7 @@ def test_run_folder(tmp_path):
         "adapter",
         "alignment.png",
         "config.yaml",
+        "metrics.csv",
         "metrics.jsonl",
         "report.html",
         "summary.json",

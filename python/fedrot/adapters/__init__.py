@@ -1,12 +1,16 @@
-"""LoRA adapters on disk: read PEFT folders, merge them, write one. No base model is loaded.
+"""LoRA adapters: read PEFT folders and models, merge them, write one. No base model is loaded.
 
-`read_adapter` -> `gather` (checks, common scale) -> `merge` -> `write_adapter`; `measure` says how
-far apart the adapters are.
+`aggregate` is all of it. Its steps: `read_adapter` or `read` -> `gather` (checks, common scale) ->
+`merge` -> `Merged`, which can be saved or added to a model; `measure` says how far apart the
+adapters are.
 """
 
-from fedrot.adapters.folder import Adapter, check_output, digests, read_adapter, write_adapter
+from fedrot.adapters.adapter import Adapter
+from fedrot.adapters.folder import check_output, digests, read_adapter, write_adapter
 from fedrot.adapters.measure import Misalignment, measure
-from fedrot.adapters.merge import Merged, Uploads, gather, merge
+from fedrot.adapters.merge import Merged, aggregate, merge
+from fedrot.adapters.sources import check_distinct, read
+from fedrot.adapters.uploads import Uploads, gather
 from fedrot.adapters.weights import parse_weights
 
 __all__ = [
@@ -14,12 +18,15 @@ __all__ = [
     "Merged",
     "Misalignment",
     "Uploads",
+    "aggregate",
+    "check_distinct",
     "check_output",
     "digests",
     "gather",
     "measure",
     "merge",
     "parse_weights",
+    "read",
     "read_adapter",
     "write_adapter",
 ]

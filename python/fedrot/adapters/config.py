@@ -1,4 +1,4 @@
-"""What an `adapter_config.json` says: can it be averaged, its ranks and its scalings.
+"""What the configuration of an adapter says: can it be averaged, its ranks and its scalings.
 
 Only the configuration is read here, never a base model. Every field of PEFT's `LoraConfig` is
 either in `NEUTRAL` (its value does not change how `B A` enters the model), in `MUST_AGREE`
@@ -10,7 +10,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from fedrot.errors import FedrotError
@@ -39,10 +38,10 @@ MUST_AGREE: dict[str, Any] = {
     "trainable_token_indices": None,
     "alora_invocation_tokens": None,
     "layer_replication": None,
+    "target_parameters": None,
 }
 
 REFUSED: dict[str, str] = {
-    "target_parameters": "LoRA on nn.Parameter (mixture of experts) shares factors between experts",
     "kasa_config": "KaSA puts a diagonal between B and A, so they cannot be rotated",
     "use_bdlora": "BD-LoRA keeps a factor block-diagonal, which a rotation would fill",
     "monteclora_config": "MonteCLoRA keeps sampler parameters in the basis of the factors",
@@ -59,23 +58,23 @@ REPEATABLE_BASE_CHANGE = frozenset({"pissa", "olora"})
 BASE_CHANGE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def check_config(config: Config, path: Path) -> None:
+def check_config(config: Config, source: str) -> None:
     """Raise `FedrotError` unless this is a LoRA adapter whose `(B, A)` may be rotated."""
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
-        raise FedrotError(f"{path}: peft_type is {peft_type!r}; only LORA adapters can be merged")
+        raise FedrotError(f"{source}: peft_type is {peft_type!r}; only LORA adapters can be merged")
     for field, reason in REFUSED.items():
         if config.get(field):
-            raise FedrotError(f"{path}: {field} is set: {reason}")
-    _check_init(config, path)
+            raise FedrotError(f"{source}: {field} is set: {reason}")
+    _check_init(config, source)
     known = SCALING | NEUTRAL | MUST_AGREE.keys() | REFUSED.keys()
     for field in sorted(config.keys() - known):
         if config[field] and config[field] != _peft_default(field):
             raise FedrotError(
-                f"{path}: the configuration sets {field}={config[field]!r}, "
+                f"{source}: the configuration sets {field}={config[field]!r}, "
                 "a LoRA option that this version of fedrot does not know"
             )
-    _check_scaling_fields(config, path)
+    _check_scaling_fields(config, source)
 
 
 def base_change(config: Config) -> str | None:
@@ -84,19 +83,33 @@ def base_change(config: Config) -> str | None:
     return init if init.startswith(BASE_CHANGE) else None
 
 
-def rank_and_scaling(config: Config, module: str) -> tuple[int, float]:
-    """Rank and scaling that PEFT gives to one module: `alpha / r`, or `alpha / sqrt(r)` (rsLoRA).
+def rank_and_scaling(config: Config, target: str) -> tuple[int, float]:
+    """Rank and scaling that PEFT gives to one target: `alpha / r`, or `alpha / sqrt(r)` (rsLoRA).
 
-    `module` is the name inside the base model. `rank_pattern` and `alpha_pattern` are matched by
-    PEFT's own `get_pattern_key`.
+    `target` is the name of the module, or of the parameter, inside the base model. `rank_pattern`
+    and `alpha_pattern` are matched by PEFT's own `get_pattern_key`.
     """
-    rank = _matched(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = _matched(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    rank = _matched(config.get("rank_pattern"), target, config.get("r", 8))
+    alpha = _matched(config.get("alpha_pattern"), target, config.get("lora_alpha", 8))
     return rank, alpha / _denominator(config, rank)
 
 
+def targeted_parameters(config: Config, module: str) -> tuple[str, ...]:
+    """The parameters of a module that `target_parameters` may name, by their names in the model.
+
+    Which of them a pair of factors belongs to is in the model alone: a state dict names the module,
+    once for each of its parameters.
+    """
+    names = []
+    for target in sorted(config.get("target_parameters") or ()):
+        inside, _, parameter = target.rpartition(".")
+        if f".{module}".endswith(f".{inside}"):
+            names.append(f"{module}.{parameter}")
+    return tuple(names)
+
+
 def with_ranks(config: Config, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> Config:
-    """A copy of `config` that gives every module the wanted rank and scaling.
+    """A copy of `config` that gives every target the wanted rank and scaling.
 
     `lora_alpha` follows the rank, so it may become fractional. The commonest rank and alpha
     become the defaults, the others anchored entries of `rank_pattern` and `alpha_pattern`.
@@ -116,28 +129,28 @@ def with_ranks(config: Config, ranks: Mapping[str, int], scalings: Mapping[str, 
     }
 
 
-def _check_init(config: Config, path: Path) -> None:
+def _check_init(config: Config, source: str) -> None:
     init = base_change(config)
     if init is not None and init not in REPEATABLE_BASE_CHANGE:
         raise FedrotError(
-            f"{path}: init_lora_weights={init!r} changed the base weights in a way that loading "
+            f"{source}: init_lora_weights={init!r} changed the base weights in a way that loading "
             "does not repeat, so the adapters do not share a base model; where PEFT can, convert "
             "them with save_pretrained(..., path_initial_model_for_weight_conversion=...) first"
         )
 
 
-def _check_scaling_fields(config: Config, path: Path) -> None:
+def _check_scaling_fields(config: Config, source: str) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(field) or {}, dict):
-            raise FedrotError(f"{path}: {field} must be an object, got {config[field]!r}")
+            raise FedrotError(f"{source}: {field} must be an object, got {config[field]!r}")
     ranks = {"r": config.get("r", 8), **(config.get("rank_pattern") or {})}
     for name, value in ranks.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise FedrotError(f"{path}: rank {name!r} must be a positive integer, got {value!r}")
+            raise FedrotError(f"{source}: rank {name!r} must be a positive integer, got {value!r}")
     alphas = {"lora_alpha": config.get("lora_alpha", 8), **(config.get("alpha_pattern") or {})}
     for name, value in alphas.items():
         if not isinstance(value, int | float) or not (0 < value < math.inf):
-            raise FedrotError(f"{path}: alpha {name!r} must be a positive number, got {value!r}")
+            raise FedrotError(f"{source}: alpha {name!r} must be a positive number, got {value!r}")
 
 
 def _peft_default(field: str) -> Any:
@@ -149,20 +162,20 @@ def _peft_default(field: str) -> Any:
     return None
 
 
-def _matched(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def _matched(pattern: Mapping[str, Any] | None, target: str, default: Any) -> Any:
     if not pattern:
         return default
     from peft.utils.other import get_pattern_key
 
-    return pattern.get(get_pattern_key(list(pattern), module), default)
+    return pattern.get(get_pattern_key(list(pattern), target), default)
 
 
 def _denominator(config: Config, rank: int) -> float:
     return math.sqrt(rank) if config.get("use_rslora") else rank
 
 
-def _anchored(module: str) -> str:
-    return "^" + re.escape(module)
+def _anchored(target: str) -> str:
+    return "^" + re.escape(target)
 
 
 def _whole(value: float) -> int | float:

@@ -4,17 +4,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedrot.adapters.adapter import Adapter, checked
 from fedrot.adapters.config import Config, check_config
-from fedrot.adapters.layers import StateKeys, sort_keys
 from fedrot.errors import FedrotError
 from fedrot.files import new_folder
 
@@ -22,18 +20,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 PROVENANCE = "fedrot_provenance.json"
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One LoRA adapter: where it lies, what its configuration says, its tensors on the CPU."""
-
-    path: Path
-    config: Config
-    tensors: dict[str, Tensor]
-    keys: StateKeys
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -46,11 +32,8 @@ def read_adapter(path: Path) -> Adapter:
     if not path.is_dir():
         raise FedrotError(f"{path}: no such folder")
     config = _read_config(path)
-    check_config(config, path)
-    tensors = _read_weights(path)
-    keys = sort_keys(tensors, config, path)
-    _check_values(tensors, keys, path)
-    return Adapter(path, config, tensors, keys)
+    check_config(config, str(path))  # before its weights are read
+    return checked(str(path), config, _read_weights(path), path=path)
 
 
 def check_output(output: Path, inputs: Iterable[Path], force: bool) -> None:
@@ -114,11 +97,3 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(file)
     except SafetensorError as error:
         raise FedrotError(f"{file}: corrupt or not a safetensors file ({error})") from error
-
-
-def _check_values(tensors: Mapping[str, Tensor], keys: StateKeys, path: Path) -> None:
-    for key, tensor in tensors.items():
-        if tensor.dtype not in FLOATS and (key not in keys.plain or tensor.dtype == torch.bool):
-            raise FedrotError(f"{path}: {key!r} has dtype {tensor.dtype}, which cannot be averaged")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise FedrotError(f"{path}: {key!r} has non-finite values (NaN or infinity)")

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedrot.adapters.merge import Uploads, delta
+from fedrot.adapters.uploads import Uploads, delta
 from fedrot.factors import Factors
-from fedrot.methods import FedIT, FedRot
+from fedrot.methods import FedIT, FedRot, Method
 from fedrot.metrics import aggregation_error, rotation_angles, total
 
 
 @dataclass(frozen=True)
 class Misalignment:
-    """Rotation angles, and aggregation errors `||sum_i w_i dW_i - dW||_F`, with `dW = s B A`."""
+    """Rotation angles, and aggregation errors `||sum_i w_i dW_i - dW||_F`, with `dW = s B A`.
+
+    A layer of several experts counts as one: the mean of their angles, the norm of all together.
+    """
 
     angles: Tensor  # (N, L), degrees
     plain: dict[str, float]  # error of factor averaging (FedIT), by layer
@@ -36,14 +39,20 @@ class Misalignment:
         }
 
 
-def measure(uploads: Uploads, method: FedRot, aligned: Factors | None = None) -> Misalignment:
-    """Compare `method` with plain averaging; `aligned` is its result where that is known."""
+def measure(uploads: Uploads, method: Method, aligned: Factors | None = None) -> Misalignment:
+    """Compare `method` with plain averaging; `aligned` is its result where that is known.
+
+    The angles are those of the rotations that `method` fits, if it does, else of the joint ones.
+    """
     if aligned is None:
         aligned = method.aggregate(uploads.clients, uploads.reference, uploads.weights)
     plain = FedIT().aggregate(uploads.clients, uploads.reference, uploads.weights)
     scaled = [delta(client, uploads.scalings) for client in uploads.clients]
+    rotation = method if isinstance(method, FedRot) else FedRot()
+    angles = rotation_angles(uploads.clients, uploads.reference, rotation.align, rotation.proper)
+    pairs = [len(layer.pairs) for layer in uploads.target.keys.layers.values()]
     return Misalignment(
-        rotation_angles(uploads.clients, uploads.reference, method.align, method.proper),
+        torch.stack([part.mean(1) for part in angles.split(pairs, 1)], 1),
         _errors(scaled, plain, uploads),
         _errors(scaled, aligned, uploads),
         _errors(scaled, _zeros(uploads.reference), uploads),
@@ -51,7 +60,9 @@ def measure(uploads: Uploads, method: FedRot, aligned: Factors | None = None) ->
 
 
 def _errors(scaled: Sequence[Factors], aggregate: Factors, uploads: Uploads) -> dict[str, float]:
-    return aggregation_error(scaled, delta(aggregate, uploads.scalings), uploads.weights)
+    errors = aggregation_error(scaled, delta(aggregate, uploads.scalings), uploads.weights)
+    layers = uploads.target.keys.layers
+    return {name: total({p: errors[p] for p in layer.pairs}) for name, layer in layers.items()}
 
 
 def _zeros(factors: Factors) -> Factors:

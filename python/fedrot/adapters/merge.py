@@ -1,263 +1,183 @@
-"""Merge several adapters into one: bring them to one scale, align and average, average the rest."""
+"""Several adapters become one, wherever they are; it can be saved, or added to a model."""
 
-import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from fedrot.adapters.config import MUST_AGREE, Config, base_change, with_ranks
-from fedrot.adapters.folder import Adapter
-from fedrot.adapters.layers import Layer, matrix
+from fedrot import __version__
+from fedrot.adapters.adapter import Adapter
+from fedrot.adapters.config import Config, base_change
+from fedrot.adapters.folder import check_output, digests, write_adapter
+from fedrot.adapters.measure import Misalignment, measure
+from fedrot.adapters.sources import check_distinct, read
+from fedrot.adapters.uploads import Uploads, gather, result
 from fedrot.errors import FedrotError
 from fedrot.factors import Factors
-from fedrot.methods import Method
+from fedrot.methods import FedRot, Method
+from fedrot.options import to_tree
 
-DORA_NOTE = (
-    "DoRA: A and B are aligned like any LoRA; averaging the magnitude vectors is an approximation"
-)
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
-
-@dataclass(frozen=True)
-class Uploads:
-    """The factors of all clients and of the reference, on the reference's scale, and all else.
-
-    The factors are float32 (float64 where an input is float64), so that a bf16 adapter is
-    rounded once, at the end.
-    """
-
-    clients: list[Factors]
-    reference: Factors
-    weights: Tensor  # (N,), float64, sum 1
-    target: Adapter  # the reference, padded to the wanted rank: says what the result looks like
-    adapters: list[Adapter]
-    notes: list[str]
-
-    @property
-    def scalings(self) -> dict[str, float]:
-        """The scaling of each layer: factors times its square root give `dW = s B A`."""
-        return {name: layer.scaling for name, layer in self.target.keys.layers.items()}
+    from fedrot.adapters.sources import Source
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What goes into the merged folder, and the factors it came from."""
+    """One adapter out of several: PEFT's state dict and configuration, and what they came from.
+
+    `tensors` is what `peft.set_peft_model_state_dict` takes, on the CPU, in the reference's dtypes.
+    `config` is the content of `adapter_config.json`: the reference's, with its rank padded if that
+    was asked for. `(tensors, config)` can be given to `aggregate` again.
+    """
 
     config: Config
     tensors: dict[str, Tensor]
     factors: Factors
+    uploads: Uploads
+    method: Method
+
+    @property
+    def lora_config(self) -> LoraConfig:
+        """`config` as PEFT's class."""
+        from peft import LoraConfig
+
+        return LoraConfig.from_peft_type(**deepcopy(self.config))
+
+    @property
+    def notes(self) -> list[str]:
+        """What may make the merge wrong without being an error, as another base model's name."""
+        return self.uploads.notes
+
+    @cached_property
+    def misalignment(self) -> Misalignment:
+        """Rotations and aggregation errors, measured when first asked for."""
+        return measure(self.uploads, self.method, self.factors)
+
+    def save(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write a folder that `PeftModel.from_pretrained` loads, and where it came from.
+
+        Raises:
+            FedrotError: the folder exists (`force` replaces one that holds an adapter), or holds
+                one of the adapters that were merged.
+        """
+        folder = Path(folder)
+        adapters = [*self.uploads.adapters, self.uploads.target]
+        check_output(folder, [a.path for a in adapters if a.path], force)
+        write_adapter(folder, self.config, self.tensors, self._provenance())
+
+    def add_to(self, model: PeftModel, name: str) -> None:
+        """Add the adapter to a model under a new name: loaded, frozen, and not yet active.
+
+        Raises:
+            FedrotError: the name is taken, or the model has not the layers of the adapter.
+            ValueError: PEFT's own, where it allows one such adapter a model (`bias`).
+        """
+        from peft import set_peft_model_state_dict
+
+        if name in model.peft_config:
+            raise FedrotError(f"name: the model already has an adapter {name!r}")
+        if init := base_change(self.config):
+            raise FedrotError(
+                f"name: adding an adapter with init_lora_weights={init!r} would change the base "
+                "weights once more; save() it and load it onto the base model"
+            )
+        config = self.lora_config
+        config.inference_mode = True
+        model.add_adapter(name, config)
+        try:
+            loaded: Any = set_peft_model_state_dict(model, self.tensors, adapter_name=name)
+            missing = [key for key in loaded.missing_keys if f".{name}" in key and "lora_" in key]
+            if wrong := [*loaded.unexpected_keys, *missing]:
+                raise FedrotError(f"model: it has not the layers of the adapter: {wrong[0]!r}")
+        except Exception:
+            model.delete_adapter(name)
+            raise
+
+    def _provenance(self) -> dict[str, Any]:
+        uploads = self.uploads
+        weights = uploads.weights.tolist()
+        return {
+            "fedrot_version": __version__,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "method": {"name": self.method.name, **to_tree(self.method)},
+            "reference": _origin(uploads.target),
+            "clients": [
+                {**_origin(adapter), "weight": weight}
+                for adapter, weight in zip(uploads.adapters, weights, strict=True)
+            ],
+            "ranks": sorted({layer.rank for layer in uploads.target.keys.layers.values()}),
+            "measured": self.misalignment.summary(),
+            "notes": uploads.notes,
+        }
 
 
-def gather(
-    adapters: Sequence[Adapter],
-    reference: Adapter,
+def aggregate(
+    adapters: Sequence[Source],
+    reference: Source | None = None,
+    *,
     weights: Sequence[float] | None = None,
+    method: Method | None = None,
     rank: int | None = None,
-) -> Uploads:
-    """Check that the adapters can be merged and bring their factors to the reference's scale.
+) -> Merged:
+    """Align LoRA adapters to a reference and average them (FedRot-LoRA, arXiv 2602.23638).
 
-    With scalings `s_i` and `s_ref`, both factors of client `i` are multiplied by
-    `sqrt(s_i / s_ref)`, so `s_ref B A` is what `s_i B_i A_i` was. `rank` first pads every layer
-    of the reference that has less with zeros.
+    Each adapter, and the reference, is one of
+
+    - a PEFT folder;
+    - a `PeftModel`, for its active adapter, or `(model, "name")` for any;
+    - `(state_dict, LoraConfig)`, the first as from `peft.get_peft_model_state_dict`.
+
+    Everything runs on the CPU, in float32 (float64 where an input is); inputs are not changed, and
+    the result shares no memory with them.
+
+    Args:
+        adapters: what to merge.
+        reference: what to rotate toward, and whose configuration and dtypes the result has: in a
+            federation the global adapter from which the clients started. None: the first adapter.
+        weights: one for each adapter, not negative; normalised to sum 1. None: all equal.
+        method: `FedRot(lam=1.0)` if None: the whole rotation, on both factors. Any method whose
+            result is an adapter alone will do, as `FlexLoRA()`.
+        rank: pad the reference with zeros to this rank first, so that larger adapters fit.
 
     Raises:
-        FedrotError: naming the adapter, the key and both values, where they do not fit.
+        FedrotError: (a `ValueError`) naming the adapter, its layer or key, and the values found,
+            where adapters cannot be merged or do not fit together: see docs/adapters.md.
+        TypeError: an adapter is none of the above.
     """
-    if not adapters:
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence):
+        raise TypeError(f"adapters must be a list, got {type(adapters).__name__}")
+    method = FedRot(lam=1.0) if method is None else method
+    if method.folds or method.personal or method.same_A:
+        raise FedrotError(f"method: {method.name} needs more than the adapters to merge them")
+    check_distinct(adapters)
+    found = [read(source, f"adapters[{index}]") for index, source in enumerate(adapters)]
+    if not found:
         raise FedrotError("no adapters to merge")
-    if rank is not None and rank < 1:
-        raise FedrotError(f"--rank must be at least 1, got {rank}")
-    target = _padded(reference, rank)
-    for adapter in adapters:
-        _check_same_meaning(adapter, reference)
-        _check_same_keys(adapter, reference)
-        _check_shapes(adapter, target)
-        _check_base_change(adapter, target)
-    _check_base_change(reference, target)
-    dtype = _working_dtype([*adapters, reference])
-    return Uploads(
-        [_factors(adapter, target, dtype) for adapter in adapters],
-        _factors(target, target, dtype),
-        _normalised(weights, len(adapters)),
-        target,
-        list(adapters),
-        _notes(adapters, reference),
-    )
+    target = found[0] if reference is None else read(reference, "reference")
+    return merge(gather(found, target, weights, rank), method)
 
 
 def merge(uploads: Uploads, method: Method) -> Merged:
     """Aggregate the factors with `method`, and everything else by its weighted mean.
 
-    Each tensor of the result has the dtype of the reference's.
+    Raises:
+        FedrotError: a merged value does not fit into the dtype of the reference's tensor.
     """
-    target = uploads.target
     factors = method.aggregate(uploads.clients, uploads.reference, uploads.weights)
-    tensors = dict(target.tensors)
-    for layer in target.keys.layers.values():
-        tensors[layer.key_A] = _like(factors.A[layer.name], tensors[layer.key_A])
-        tensors[layer.key_B] = _like(factors.B[layer.name], tensors[layer.key_B])
-    for key in (*target.keys.magnitudes, *target.keys.plain, *target.keys.lora_biases):
-        tensors[key] = _average(key, uploads)
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise FedrotError(f"the merged {key!r} does not fit into {tensor.dtype}")
-    return Merged(target.config, tensors, factors)
+    tensors = result(uploads, factors)
+    return Merged(uploads.target.config, tensors, factors, uploads, method)
 
 
-def delta(factors: Factors, scalings: Mapping[str, float]) -> Factors:
-    """The same factors with the scaling folded in, so that `B A` is the update `dW` itself."""
-    root = {name: math.sqrt(s) for name, s in scalings.items()}
-    return Factors(
-        {name: A * root[name] for name, A in factors.A.items()},
-        {name: B * root[name] for name, B in factors.B.items()},
-    )
-
-
-def _padded(reference: Adapter, rank: int | None) -> Adapter:
-    """The reference with every layer zero-padded to `rank`, and a configuration that says so."""
-    layers = reference.keys.layers
-    ranks = {name: max(layer.rank, rank or 0) for name, layer in layers.items()}
-    if all(ranks[name] == layer.rank for name, layer in layers.items()):
-        return reference
-    tensors = dict(reference.tensors)
-    for name, layer in layers.items():
-        A, B, extra = tensors[layer.key_A], tensors[layer.key_B], ranks[name] - layer.rank
-        tensors[layer.key_A] = pad(A, (0, 0) * (A.ndim - 1) + (0, extra))
-        tensors[layer.key_B] = pad(B, (0, 0) * (B.ndim - 2) + (0, extra))
-    config = with_ranks(
-        reference.config,
-        {layer.module: ranks[name] for name, layer in layers.items()},
-        {layer.module: layer.scaling for layer in layers.values()},
-    )
-    padded = {name: dataclasses.replace(layer, rank=ranks[name]) for name, layer in layers.items()}
-    keys = dataclasses.replace(reference.keys, layers=padded)
-    return Adapter(reference.path, config, tensors, keys)
-
-
-def _check_same_meaning(adapter: Adapter, reference: Adapter) -> None:
-    for field, default in MUST_AGREE.items():
-        ours, theirs = (a.config.get(field, default) or default for a in (adapter, reference))
-        if ours != theirs:
-            raise FedrotError(
-                f"{adapter.path}: {field} is {ours!r}, "
-                f"the reference {reference.path} has {theirs!r}"
-            )
-
-
-def _check_same_keys(adapter: Adapter, reference: Adapter) -> None:
-    ours, theirs = adapter.tensors.keys(), reference.tensors.keys()
-    for what, keys in (("lacks", theirs - ours), ("has in addition", ours - theirs)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise FedrotError(
-                f"{adapter.path}: other layers than the reference {reference.path}: {what} "
-                + ", ".join(sorted(keys)[:3])
-                + more
-            )
-
-
-def _check_shapes(adapter: Adapter, target: Adapter) -> None:
-    for name, layer in adapter.keys.layers.items():
-        wanted = target.keys.layers[name]
-        if layer.rank > wanted.rank:
-            needed = max(own.rank for own in adapter.keys.layers.values())
-            raise FedrotError(
-                f"{adapter.path}: layer {name!r} has rank {layer.rank}, the reference only "
-                f"{wanted.rank}; --rank {needed} pads the reference first"
-            )
-    layers = adapter.keys.layers.values()
-    dim = {layer.key_A: 0 for layer in layers} | {layer.key_B: 1 for layer in layers}
-    for key, tensor in adapter.tensors.items():
-        wanted_shape = target.tensors[key].shape
-        if _without(dim.get(key), tensor.shape) != _without(dim.get(key), wanted_shape):
-            raise FedrotError(
-                f"{adapter.path}: {key!r} has shape {tuple(tensor.shape)}, "
-                f"the reference {target.path} has {tuple(wanted_shape)}"
-            )
-
-
-def _without(rank_dim: int | None, shape: torch.Size) -> list[int]:
-    return [n for dim, n in enumerate(shape) if dim != rank_dim]
-
-
-def _check_base_change(adapter: Adapter, target: Adapter) -> None:
-    """PiSSA and OLoRA subtract `s B_0 A_0` from the base: the same one only for equal r and s."""
-    ours, theirs = base_change(adapter.config), base_change(target.config)
-    if ours != theirs:
-        raise FedrotError(
-            f"{adapter.path}: init_lora_weights is {adapter.config.get('init_lora_weights')!r}, "
-            f"the reference has {target.config.get('init_lora_weights')!r}: their base weights "
-            "are not the same"
-        )
-    if ours is None:
-        return
-    for name, layer in adapter.keys.layers.items():
-        wanted = target.keys.layers[name]
-        if (layer.rank, layer.scaling) != (wanted.rank, wanted.scaling):
-            raise FedrotError(
-                f"{adapter.path}: init_lora_weights={ours!r} changed the base weights for rank "
-                f"{layer.rank} and scaling {layer.scaling:g} in layer {name!r}; "
-                f"the result would have rank {wanted.rank} and scaling {wanted.scaling:g}"
-            )
-
-
-def _working_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
-    float64 = any(
-        tensor.dtype == torch.float64 for adapter in adapters for tensor in adapter.tensors.values()
-    )
-    return torch.float64 if float64 else torch.float32
-
-
-def _factors(adapter: Adapter, target: Adapter, dtype: torch.dtype) -> Factors:
-    A, B = {}, {}
-    for name, wanted in target.keys.layers.items():
-        layer: Layer = adapter.keys.layers[name]
-        root = math.sqrt(layer.scaling / wanted.scaling)
-        A[name] = matrix(adapter.tensors[layer.key_A]).to(dtype) * root
-        B[name] = matrix(adapter.tensors[layer.key_B]).to(dtype) * root
-    return Factors(A, B)
-
-
-def _normalised(weights: Sequence[float] | None, n: int) -> Tensor:
-    w = torch.tensor([1.0] * n if weights is None else list(weights), dtype=torch.float64)
-    if len(w) != n:
-        raise FedrotError(f"weights: {len(w)} values for {n} adapters")
-    if not torch.isfinite(w).all() or (w < 0).any() or w.sum() <= 0:
-        raise FedrotError(
-            f"weights must be finite, not negative, and not all zero, got {w.tolist()}"
-        )
-    return w / w.sum()
-
-
-def _average(key: str, uploads: Uploads) -> Tensor:
-    """Weighted mean in float64; a `lora_B.bias` enters times the scaling of its adapter."""
-    like = uploads.target.tensors[key]
-    mean = torch.zeros(like.shape, dtype=torch.float64)
-    name = uploads.target.keys.lora_biases.get(key)
-    for weight, adapter in zip(uploads.weights.tolist(), uploads.adapters, strict=True):
-        if name is not None:
-            weight *= adapter.keys.layers[name].scaling / uploads.scalings[name]
-        mean += weight * adapter.tensors[key].double()
-    return _like(mean if like.is_floating_point() else mean.round(), like)
-
-
-def _like(value: Tensor, tensor: Tensor) -> Tensor:
-    return value.reshape(tensor.shape).to(tensor.dtype).contiguous()
-
-
-def _notes(adapters: Sequence[Adapter], reference: Adapter) -> list[str]:
-    notes = []
-    for adapter in adapters:
-        for field in ("base_model_name_or_path", "revision"):
-            ours, theirs = adapter.config.get(field), reference.config.get(field)
-            if ours != theirs:
-                notes.append(
-                    f"{adapter.path}: {field} is {ours!r}, the reference has {theirs!r}; "
-                    "merging is only right on one base model"
-                )
-    if reference.keys.magnitudes:
-        notes.append(DORA_NOTE)
-    return notes
+def _origin(adapter: Adapter) -> dict[str, Any]:
+    if adapter.path is None:
+        return {"given as": adapter.source}
+    return {"path": str(adapter.path), "sha256": digests(adapter.path)}

@@ -21,6 +21,11 @@ def program() -> str:
     return shlex.quote(str(called))
 
 
+def listed(text: str) -> list[str]:
+    """The parts of a comma-separated option."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def user_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """Turn an error in the user's input into one line on stderr and exit code 1."""
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedrot import __version__
 from fedrot.cli._run import user_errors
 
 if TYPE_CHECKING:
-    from fedrot.adapters import Misalignment, Uploads
+    from fedrot.adapters import Merged
     from fedrot.methods import FedRot
 
 
@@ -57,66 +56,22 @@ def aggregate(
     from fedrot.methods import FedRot
 
     method = FedRot(lam, align.value, proper)
-    check_distinct(clients)
+    adapters.check_distinct(clients)
     adapters.check_output(output, [*clients, *([reference] if reference else [])], force)
     parsed = adapters.parse_weights(weights, clients)
-    read = [adapters.read_adapter(path) for path in clients]
-    ref = adapters.read_adapter(reference) if reference else read[0]
-    uploads = adapters.gather(read, ref, parsed, rank)
-    merged = adapters.merge(uploads, method)
-    measured = adapters.measure(uploads, method, merged.factors)
-    adapters.write_adapter(
-        output, merged.config, merged.tensors, _provenance(uploads, method, measured)
-    )
+    merged = adapters.aggregate(clients, reference, weights=parsed, method=method, rank=rank)
+    merged.save(output, force=force)
 
-    for note in uploads.notes:
+    for note in merged.notes:
         typer.echo(f"note: {note}", err=True)
     if not quiet:
-        _report(uploads, method, measured, output, reference is None)
+        _report(merged, method, output, reference is None)
 
 
-def check_distinct(clients: list[Path]) -> None:
-    """Raise `ValueError` where one folder is given twice."""
-    seen: set[Path] = set()
-    for path in clients:
-        if path.resolve() in seen:
-            raise ValueError(f"{path} is given twice; use --weights to count it double")
-        seen.add(path.resolve())
-
-
-def _provenance(uploads: Uploads, method: FedRot, measured: Misalignment) -> dict[str, Any]:
-    from datetime import datetime, timezone
-
-    from fedrot.adapters import digests
-
-    def source(path: Path) -> dict[str, Any]:
-        return {"path": str(path), "sha256": digests(path)}
-
-    return {
-        "fedrot_version": __version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "method": {
-            "name": method.name,
-            "lam": method.lam,
-            "align": method.align,
-            "proper": method.proper,
-        },
-        "reference": source(uploads.target.path),
-        "clients": [
-            {**source(adapter.path), "weight": weight}
-            for adapter, weight in zip(uploads.adapters, uploads.weights.tolist(), strict=True)
-        ],
-        "ranks": sorted({layer.rank for layer in uploads.target.keys.layers.values()}),
-        "measured": measured.summary(),
-        "notes": uploads.notes,
-    }
-
-
-def _report(
-    uploads: Uploads, method: FedRot, measured: Misalignment, output: Path, first: bool
-) -> None:
+def _report(merged: Merged, method: FedRot, output: Path, first: bool) -> None:
     from fedrot.metrics import total
 
+    uploads, measured = merged.uploads, merged.misalignment
     layers = uploads.target.keys.layers.values()
     ranks = ", ".join(str(rank) for rank in sorted({layer.rank for layer in layers}))
     summary = measured.summary()
@@ -124,7 +79,7 @@ def _report(
     how = f"lam {method.lam:g}, align {method.align}"
     rows = [
         ("clients", str(len(uploads.adapters))),
-        ("reference", f"{uploads.target.path}{of}"),
+        ("reference", f"{uploads.target.source}{of}"),
         ("layers", f"{len(layers)} of rank {ranks}"),
         ("mean rotation", f"{summary['mean_angle']:.1f} degrees from the reference"),
         ("error, plain average", error_text(summary["error_plain"], summary["relative_plain"])),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedrot.cli._progress import progress
-from fedrot.cli._run import program, user_errors
+from fedrot.cli._run import listed, program, user_errors
 
 if TYPE_CHECKING:
     from fedrot.report.results import Comparison
@@ -35,6 +35,9 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/compare"),
     resume: Annotated[bool, typer.Option("--resume", help="Keep the runs already there.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace earlier runs.")] = False,
+    log: Annotated[
+        str, typer.Option(help="tensorboard, wandb, or both: they get the metrics too.")
+    ] = "",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
 ) -> None:
     """Compare methods on the same data, start and uploads: mean and std over seeds."""
@@ -46,24 +49,21 @@ def compare(
         nested("task.name", task) if task else {},
         parse_overrides(overrides or []),
     )
-    variants = [comparison.parse_variant(text) for text in _listed(methods)]
+    variants = [comparison.parse_variant(text) for text in listed(methods)]
     with progress(quiet) as track:
         result = comparison.compare(
             variants,
-            _listed(settings),
+            listed(settings),
             range(seed, seed + seeds),
             options,
             out,
             resume=resume,
             force=force,
+            log=listed(log),
             track=track,
         )
     if not quiet:
         _print_result(result, out, comparison.merge_command(result, program()))
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _print_result(result: Comparison, out: Path, merge_command: str | None) -> None:

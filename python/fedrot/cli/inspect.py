@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedrot.cli._run import user_errors
-from fedrot.cli.aggregate import Align, check_distinct, error_text
+from fedrot.cli.aggregate import Align, error_text
 
 if TYPE_CHECKING:
     from fedrot.adapters import Adapter, Misalignment, Uploads
@@ -40,7 +40,7 @@ def inspect(
     from fedrot.methods import FedRot
 
     method = FedRot(lam, align.value)
-    check_distinct(folders)
+    adapters.check_distinct(folders)
     parsed = adapters.parse_weights(weights, folders)
     read = [adapters.read_adapter(path) for path in folders]
     ref = adapters.read_adapter(reference) if reference else read[0]
@@ -64,6 +64,7 @@ def _layer_rows(adapter: Adapter) -> list[dict[str, Any]]:
                 "A": list(A.shape),
                 "B": list(B.shape),
                 "rank": layer.rank,
+                "experts": layer.experts,
                 "scaling": layer.scaling,
                 "dtype": str(A.dtype).removeprefix("torch."),
             }
@@ -75,15 +76,15 @@ def _as_json(
     read: list[Adapter], uploads: Uploads | None, measured: Misalignment | None
 ) -> dict[str, Any]:
     result: dict[str, Any] = {
-        "adapters": [{"path": str(a.path), "layers": _layer_rows(a)} for a in read]
+        "adapters": [{"path": a.source, "layers": _layer_rows(a)} for a in read]
     }
     if uploads is not None and measured is not None:
         names = list(uploads.target.keys.layers)
-        result["reference"] = str(uploads.target.path)
+        result["reference"] = uploads.target.source
         result["notes"] = uploads.notes
         result["summary"] = measured.summary()
         result["angles"] = {
-            str(adapter.path): dict(zip(names, row, strict=True))
+            adapter.source: dict(zip(names, row, strict=True))
             for adapter, row in zip(uploads.adapters, measured.angles.tolist(), strict=True)
         }
         result["errors"] = {
@@ -122,25 +123,26 @@ def _show(read: list[Adapter], uploads: Uploads | None, measured: Misalignment |
 
 
 def _layout_table(rows: list[dict[str, Any]], same: list[Adapter]) -> Any:
-    title = ", ".join(str(adapter.path) for adapter in same)
-    table = _table(title, "layer", "A", "B", "rank", "scaling", "dtype")
+    title = ", ".join(adapter.source for adapter in same)
+    several = any(row["experts"] > 1 for row in rows)
+    experts = ("experts",) if several else ()
+    table = _table(title, "layer", "A", "B", "rank", *experts, "scaling", "dtype")
     for row in rows:
-        shapes = ("x".join(str(n) for n in row[side]) for side in "AB")
-        table.add_row(
-            row["layer"], *shapes, str(row["rank"]), f"{row['scaling']:.6g}", row["dtype"]
-        )
+        shapes = ["x".join(str(n) for n in row[side]) for side in "AB"]
+        counts = [str(row[name]) for name in ("rank", *experts)]
+        table.add_row(row["layer"], *shapes, *counts, f"{row['scaling']:.6g}", row["dtype"])
     return table
 
 
 def _client_table(uploads: Uploads, measured: Misalignment) -> Any:
     table = _table(
-        f"rotation from {uploads.target.path} (degrees)", "adapter", "weight", "mean", "largest"
+        f"rotation from {uploads.target.source} (degrees)", "adapter", "weight", "mean", "largest"
     )
     for adapter, weight, angles in zip(
         uploads.adapters, uploads.weights.tolist(), measured.angles, strict=True
     ):
         table.add_row(
-            str(adapter.path), f"{weight:.3f}", f"{angles.mean():.1f}", f"{angles.max():.1f}"
+            adapter.source, f"{weight:.3f}", f"{angles.mean():.1f}", f"{angles.max():.1f}"
         )
     return table
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedrot.cli._progress import progress
-from fedrot.cli._run import user_errors
+from fedrot.cli._run import listed, user_errors
 
 if TYPE_CHECKING:
     from fedrot.options import Tree
@@ -39,6 +39,9 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier run.")] = False,
+    log: Annotated[
+        str, typer.Option(help="tensorboard, wandb, or both: they get the metrics too.")
+    ] = "",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
 ) -> None:
     """Train a federation and write runs/NAME with metrics, adapter, pictures and report."""
@@ -56,7 +59,7 @@ def train(
     label = name_of(resolved.method, METHODS)
     run = out / (name or f"{label}-{resolved.setting}-{resolved.seed}")
     with progress(quiet) as track:
-        summary = federate(resolved, run, resume=resume, force=force, track=track)
+        summary = federate(resolved, run, resume=resume, force=force, log=listed(log), track=track)
     if not quiet:
         _print_result(run, resolved.tree(), summary)
 

@@ -47,6 +47,7 @@ def compare(
     *,
     resume: bool = False,
     force: bool = False,
+    log: Sequence[str] = (),
     track: Track = no_progress,
 ) -> Comparison:
     """Run everything into ``path/<setting>/<method>/seed-<n>`` and write summary and report.
@@ -78,7 +79,13 @@ def compare(
             source = folder / variants[0].folder / f"seed-{config.seed}" if shared else None
             summaries.append(
                 federate(
-                    config, run.path, resume=resume, force=force, uploads_from=source, track=track
+                    config,
+                    run.path,
+                    resume=resume,
+                    force=force,
+                    uploads_from=source,
+                    log=log,
+                    track=track,
                 )
             )
         curves = [

@@ -25,7 +25,7 @@ from fedrot.methods import FedIT, Server
 from fedrot.metrics import aggregation_error, rotation_angles, total
 from fedrot.report.pages import write_run_report
 from fedrot.server import Update, Upload, serve
-from fedrot.simulation import checkpoint
+from fedrot.simulation import checkpoint, loggers
 from fedrot.simulation.adapter import (
     FrozenWeights,
     adapt,
@@ -107,31 +107,37 @@ def federate(
     force: bool = False,
     uploads_from: Path | None = None,
     report: bool = True,
+    log: Sequence[str] = (),
     track: Track = no_progress,
 ) -> dict[str, Any]:
     """Run a federation into the folder ``path`` and return its summary.
 
     A finished run is returned as it is under ``resume``. ``uploads_from``: a finished one-shot
     run of the same configuration, save the method, whose uploads are taken instead of training.
-    ``report``: with pictures and ``report.html``.
+    ``report``: with pictures and ``report.html``. ``log``: names of ``loggers.LOGGERS`` that get
+    the metrics too; a finished run's are written from its metrics.
 
     Raises:
         FedrotError: the folder must not be touched, the configuration differs from the one to
-            resume, or local training diverged.
+            resume, a logger's package is missing, or local training diverged.
     """
+    loggers.check(log)
     run = open_run(path, config.tree(), resume=resume, force=force)
     if run.finished:
-        return run.summary()
+        with loggers.opened(log, run, config.tree(), run.rows()):
+            return run.summary()
     with _threads(config.threads):
         federation = prepare(config, track)
         resumed = run.checkpoint.is_file()
         server = checkpoint.load(run.checkpoint) if resumed else federation.start()
         rows = run.rows()[: server.rounds]
-        for _ in track(range(server.rounds, config.rounds), "rounds"):
-            server, row = run_round(federation, run, server, uploads_from, track)
-            rows.append(row)
-            run.write_rows(rows)
-            checkpoint.save(run.checkpoint, server)
+        with loggers.opened(log, run, config.tree(), rows) as logged:
+            for _ in track(range(server.rounds, config.rounds), "rounds"):
+                server, row = run_round(federation, run, server, uploads_from, track)
+                rows.append(row)
+                run.write_rows(rows)
+                checkpoint.save(run.checkpoint, server)
+                logged(row)
         summary = _summary(federation, rows)
         _save_model(federation, run, server)
         if report:

@@ -2,6 +2,8 @@
 
 config.yaml             the resolved configuration
 metrics.jsonl           a line a round
+metrics.csv             the same, single numbers only
+tensorboard/, wandb/    the same for those who asked for it (``--log``)
 checkpoint.safetensors  while the run is unfinished
 clients/client-00/ ...  PEFT adapters: the uploads (one-shot), or what the clients keep (FedSA-LoRA)
 adapter/                the global adapter as PEFT folder
@@ -12,6 +14,7 @@ summary.json            last: it marks the run as finished
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ from typing import Any
 import yaml
 
 from fedrot.errors import FedrotError
-from fedrot.files import write_json, write_text
+from fedrot.files import new_file, write_json, write_text
 from fedrot.options import Tree, first_difference
 
 Row = dict[str, Any]
@@ -29,12 +32,13 @@ Row = dict[str, Any]
 OWN = (
     "config.yaml",
     "metrics.jsonl",
+    "metrics.csv",
     "checkpoint.safetensors",
     "merged.safetensors",
     "summary.json",
     "report.html",
 )
-OWN_FOLDERS = ("adapter", "clients")
+OWN_FOLDERS = ("adapter", "clients", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,17 @@ class RunDir:
     def write_rows(self, rows: list[Row]) -> None:
         text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         write_text(self.path / "metrics.jsonl", text)
+        with new_file(self.path / "metrics.csv") as fresh, fresh.open("w", newline="") as file:
+            numbers = [scalars(row) for row in rows]
+            columns = dict.fromkeys(key for row in numbers for key in row)
+            writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(numbers)
+
+
+def scalars(row: Row) -> dict[str, int | float]:
+    """The single numbers of a round, which every kind of log can hold."""
+    return {key: value for key, value in row.items() if isinstance(value, int | float)}
 
 
 def open_run(path: Path, config: Tree, *, resume: bool = False, force: bool = False) -> RunDir:

@@ -1,0 +1,55 @@
+"""A LoRA adapter, checked, wherever it comes from: a folder, a model, a state dict."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedrot.adapters.config import Config, check_config
+from fedrot.adapters.layers import StateKeys, sort_keys
+from fedrot.errors import FedrotError
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA adapter: where it comes from, its configuration, its tensors on the CPU."""
+
+    source: str  # how errors call it: its folder, or its place among the arguments
+    config: Config
+    tensors: dict[str, Tensor]
+    keys: StateKeys
+    path: Path | None = None  # its folder, if it was read from one
+
+
+def checked(
+    source: str,
+    config: Config,
+    tensors: dict[str, Tensor],
+    *,
+    parameters: Mapping[str, str] | None = None,
+    path: Path | None = None,
+) -> Adapter:
+    """The adapter, if it is a LoRA whose factors may be rotated.
+
+    Raises:
+        FedrotError: naming the source and what is wrong: the configuration cannot be merged, a key
+            is unknown, a factor has another shape than it says, or a value is not finite.
+    """
+    check_config(config, source)
+    keys = sort_keys(tensors, config, source, parameters)
+    _check_values(tensors, keys, source)
+    return Adapter(source, config, tensors, keys, path)
+
+
+def _check_values(tensors: Mapping[str, Tensor], keys: StateKeys, source: str) -> None:
+    for key, tensor in tensors.items():
+        if tensor.dtype not in FLOATS and (key not in keys.plain or tensor.dtype == torch.bool):
+            raise FedrotError(
+                f"{source}: {key!r} has dtype {tensor.dtype}, which cannot be averaged"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FedrotError(f"{source}: {key!r} has non-finite values (NaN or infinity)")

@@ -1,0 +1,263 @@
+"""Several adapters on one scale, ready for a method; and its result in the form they have."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedrot.adapters.adapter import Adapter
+from fedrot.adapters.config import MUST_AGREE, Config, base_change, with_ranks
+from fedrot.errors import FedrotError
+from fedrot.factors import Factors
+
+DORA_NOTE = (
+    "DoRA: A and B are aligned like any LoRA; averaging the magnitude vectors is an approximation"
+)
+
+
+@dataclass(frozen=True)
+class Uploads:
+    """The factors of all clients and of the reference, on the reference's scale, and all else.
+
+    The factors are float32 (float64 where an input is float64), so that a bf16 adapter is
+    rounded once, at the end.
+    """
+
+    clients: list[Factors]
+    reference: Factors
+    weights: Tensor  # (N,), float64, sum 1
+    target: Adapter  # the reference, padded to the wanted rank: says what the result looks like
+    adapters: list[Adapter]
+    notes: list[str]
+
+    @property
+    def scalings(self) -> dict[str, float]:
+        """The scaling of each pair: factors times its square root give `dW = s B A`."""
+        layers = self.target.keys.layers.values()
+        return {pair: layer.scaling for layer in layers for pair in layer.pairs}
+
+
+def gather(
+    adapters: Sequence[Adapter],
+    reference: Adapter,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+) -> Uploads:
+    """Check that the adapters can be merged and bring their factors to the reference's scale.
+
+    With scalings `s_i` and `s_ref`, both factors of client `i` are multiplied by
+    `sqrt(s_i / s_ref)`, so `s_ref B A` is what `s_i B_i A_i` was. `rank` first pads every layer
+    of the reference that has less with zeros.
+
+    Raises:
+        FedrotError: naming the adapter, the key and both values, where they do not fit.
+    """
+    if not adapters:
+        raise FedrotError("no adapters to merge")
+    if rank is not None and rank < 1:
+        raise FedrotError(f"--rank must be at least 1, got {rank}")
+    target = _padded(reference, rank)
+    for adapter in adapters:
+        _check_same_meaning(adapter, reference)
+        _check_same_keys(adapter, reference)
+        _check_shapes(adapter, target)
+        _check_base_change(adapter, target)
+    _check_base_change(reference, target)
+    dtype = _working_dtype([*adapters, reference])
+    return Uploads(
+        [_factors(adapter, target, dtype) for adapter in adapters],
+        _factors(target, target, dtype),
+        _normalised(weights, len(adapters)),
+        target,
+        list(adapters),
+        _notes(adapters, reference),
+    )
+
+
+def result(uploads: Uploads, factors: Factors) -> dict[str, Tensor]:
+    """The tensors of the result: the factors as they are stored, all else by its weighted mean.
+
+    `factors`: what a method made of the uploads. Each tensor has the dtype of the reference's.
+    """
+    target = uploads.target
+    tensors = dict(target.tensors)
+    for layer in target.keys.layers.values():
+        A, B = layer.join(factors.A, factors.B)
+        tensors[layer.key_A] = _like(A, tensors[layer.key_A])
+        tensors[layer.key_B] = _like(B, tensors[layer.key_B])
+    for key in (*target.keys.magnitudes, *target.keys.plain, *target.keys.lora_biases):
+        tensors[key] = _average(key, uploads)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FedrotError(f"the merged {key!r} does not fit into {tensor.dtype}")
+    return tensors
+
+
+def delta(factors: Factors, scalings: Mapping[str, float]) -> Factors:
+    """The same factors with the scaling folded in, so that `B A` is the update `dW` itself."""
+    root = {name: math.sqrt(s) for name, s in scalings.items()}
+    return Factors(
+        {name: A * root[name] for name, A in factors.A.items()},
+        {name: B * root[name] for name, B in factors.B.items()},
+    )
+
+
+def _padded(reference: Adapter, rank: int | None) -> Adapter:
+    """The reference with every layer zero-padded to `rank`, and a configuration that says so."""
+    layers = reference.keys.layers
+    ranks = {name: max(layer.rank, rank or 0) for name, layer in layers.items()}
+    if all(ranks[name] == layer.rank for name, layer in layers.items()):
+        return reference
+    tensors = dict(reference.tensors)
+    for name, layer in layers.items():
+        tensors[layer.key_A], tensors[layer.key_B] = layer.padded(tensors, ranks[name])
+    config = with_ranks(
+        reference.config,
+        {target: ranks[name] for name, layer in layers.items() for target in layer.targets},
+        {target: layer.scaling for layer in layers.values() for target in layer.targets},
+    )
+    padded = {name: dataclasses.replace(layer, rank=ranks[name]) for name, layer in layers.items()}
+    keys = dataclasses.replace(reference.keys, layers=padded)
+    return dataclasses.replace(reference, config=config, tensors=tensors, keys=keys)
+
+
+def _check_same_meaning(adapter: Adapter, reference: Adapter) -> None:
+    for field, default in MUST_AGREE.items():
+        ours, theirs = (_setting(a.config, field, default) for a in (adapter, reference))
+        if ours != theirs:
+            raise FedrotError(
+                f"{adapter.source}: {field} is {ours!r}, "
+                f"the reference {reference.source} has {theirs!r}"
+            )
+
+
+def _setting(config: Config, field: str, default: Any) -> Any:
+    value = config.get(field, default) or default
+    # PEFT sorts them itself.
+    return sorted(value) if field == "target_parameters" and value else value
+
+
+def _check_same_keys(adapter: Adapter, reference: Adapter) -> None:
+    ours, theirs = adapter.tensors.keys(), reference.tensors.keys()
+    for what, keys in (("lacks", theirs - ours), ("has in addition", ours - theirs)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise FedrotError(
+                f"{adapter.source}: other layers than the reference {reference.source}: {what} "
+                + ", ".join(sorted(keys)[:3])
+                + more
+            )
+
+
+def _check_shapes(adapter: Adapter, target: Adapter) -> None:
+    for name, layer in adapter.keys.layers.items():
+        wanted = target.keys.layers[name]
+        if layer.rank > wanted.rank:
+            needed = max(own.rank for own in adapter.keys.layers.values())
+            raise FedrotError(
+                f"{adapter.source}: layer {name!r} has rank {layer.rank}, the reference only "
+                f"{wanted.rank}; --rank {needed} pads the reference first"
+            )
+        if layer.experts != wanted.experts:
+            raise FedrotError(
+                f"{adapter.source}: layer {name!r} has {layer.experts} experts, the reference "
+                f"{wanted.experts}"
+            )
+    layers = adapter.keys.layers.values()
+    dim = {layer.key_A: 0 for layer in layers} | {layer.key_B: 1 for layer in layers}
+    for key, tensor in adapter.tensors.items():
+        wanted_shape = target.tensors[key].shape
+        if _without(dim.get(key), tensor.shape) != _without(dim.get(key), wanted_shape):
+            raise FedrotError(
+                f"{adapter.source}: {key!r} has shape {tuple(tensor.shape)}, "
+                f"the reference {target.source} has {tuple(wanted_shape)}"
+            )
+
+
+def _without(rank_dim: int | None, shape: torch.Size) -> list[int]:
+    return [n for dim, n in enumerate(shape) if dim != rank_dim]
+
+
+def _check_base_change(adapter: Adapter, target: Adapter) -> None:
+    """PiSSA and OLoRA subtract `s B_0 A_0` from the base: the same one only for equal r and s."""
+    ours, theirs = base_change(adapter.config), base_change(target.config)
+    if ours != theirs:
+        raise FedrotError(
+            f"{adapter.source}: init_lora_weights is {adapter.config.get('init_lora_weights')!r}, "
+            f"the reference has {target.config.get('init_lora_weights')!r}: their base weights "
+            "are not the same"
+        )
+    if ours is None:
+        return
+    for name, layer in adapter.keys.layers.items():
+        wanted = target.keys.layers[name]
+        if (layer.rank, layer.scaling) != (wanted.rank, wanted.scaling):
+            raise FedrotError(
+                f"{adapter.source}: init_lora_weights={ours!r} changed the base weights for rank "
+                f"{layer.rank} and scaling {layer.scaling:g} in layer {name!r}; "
+                f"the result would have rank {wanted.rank} and scaling {wanted.scaling:g}"
+            )
+
+
+def _working_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
+    float64 = any(
+        tensor.dtype == torch.float64 for adapter in adapters for tensor in adapter.tensors.values()
+    )
+    return torch.float64 if float64 else torch.float32
+
+
+def _factors(adapter: Adapter, target: Adapter, dtype: torch.dtype) -> Factors:
+    A, B = {}, {}
+    for name, wanted in target.keys.layers.items():
+        layer = adapter.keys.layers[name]
+        root = math.sqrt(layer.scaling / wanted.scaling)
+        for pair, A_pair, B_pair in layer.split(adapter.tensors):
+            A[pair], B[pair] = A_pair.to(dtype) * root, B_pair.to(dtype) * root
+    return Factors(A, B)
+
+
+def _normalised(weights: Sequence[float] | None, n: int) -> Tensor:
+    w = torch.tensor([1.0] * n if weights is None else list(weights), dtype=torch.float64)
+    if len(w) != n:
+        raise FedrotError(f"weights: {len(w)} values for {n} adapters")
+    if not torch.isfinite(w).all() or (w < 0).any() or w.sum() <= 0:
+        raise FedrotError(
+            f"weights must be finite, not negative, and not all zero, got {w.tolist()}"
+        )
+    return w / w.sum()
+
+
+def _average(key: str, uploads: Uploads) -> Tensor:
+    """Weighted mean in float64; a `lora_B.bias` enters times the scaling of its adapter."""
+    like = uploads.target.tensors[key]
+    mean = torch.zeros(like.shape, dtype=torch.float64)
+    name = uploads.target.keys.lora_biases.get(key)
+    layers = uploads.target.keys.layers
+    for weight, adapter in zip(uploads.weights.tolist(), uploads.adapters, strict=True):
+        if name is not None:
+            weight *= adapter.keys.layers[name].scaling / layers[name].scaling
+        mean += weight * adapter.tensors[key].double()
+    return _like(mean if like.is_floating_point() else mean.round(), like)
+
+
+def _like(value: Tensor, tensor: Tensor) -> Tensor:
+    return value.reshape(tensor.shape).to(tensor.dtype).contiguous()
+
+
+def _notes(adapters: Sequence[Adapter], reference: Adapter) -> list[str]:
+    notes = []
+    for adapter in adapters:
+        for field in ("base_model_name_or_path", "revision"):
+            ours, theirs = adapter.config.get(field), reference.config.get(field)
+            if ours != theirs:
+                notes.append(
+                    f"{adapter.source}: {field} is {ours!r}, the reference has {theirs!r}; "
+                    "merging is only right on one base model"
+                )
+    if reference.keys.magnitudes:
+        notes.append(DORA_NOTE)
+    return notes
