@@ -30,6 +30,8 @@ from fedrot.streaming import StreamingAggregator, _Mean
 from fedrot.tasks.base import Track, no_progress
 from fedrot_kernels import align_aggregate
 from fedrot_kernels.backends import reference
+from fedrot_kernels.plan import run_once
+from fedrot_kernels.tables import empty_outputs
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "scaling"
 LLAMA_1B_QV = ((2048, 2048), (512, 2048)) * 16
@@ -46,9 +48,10 @@ def simulate(case: Case, clients: int, bins: int = 100, track: Track = no_progre
     """Stream ``clients`` through an aggregator.
 
     Returns:
-        for each of ``bins`` equal parts of the stream the processor time a client in ms (median,
-        5th and 95th percentile) and the resident memory at its end in MB; ``error``: the largest
-        deviation of the result from the float64 reference, relative to its largest entry.
+        ``bins``: for each of so many equal parts of the stream the processor time a client in ms
+        (median, 5th and 95th percentile), the median of the same client in an aggregator that is
+        new in every part (``fresh``), and the resident memory at its end in MB; ``error``: the
+        largest deviation of the result from the float64 reference, relative to its largest entry.
     """
     ref, pool = adapters(case, POOL)
     generator = torch.Generator().manual_seed(1)
@@ -56,19 +59,29 @@ def simulate(case: Case, clients: int, bins: int = 100, track: Track = no_progre
     total = [0] * POOL
     aggregator = StreamingAggregator(ref, lam=case.lam, align=case.align)
     size = clients // bins
-    rows, times = [], []
-    for i in track(range(size * bins), "clients"):
-        client = copy(pool[i % POOL])
-        total[i % POOL] += weights[i]
-        begin = time.process_time()
-        aggregator.accept(client, weights[i])
-        times.append(1000 * (time.process_time() - begin))
-        del client
-        if len(times) == size:
-            q = statistics.quantiles(times, n=20, method="inclusive")
-            spread = {"median": statistics.median(times), "q05": q[0], "q95": q[-1]}
-            rows.append({"clients": i + 1, **spread, "resident": _resident()})
-            times.clear()
+    rows = []
+    for part in track(range(bins), f"{clients} clients"):
+        fresh = StreamingAggregator(ref, lam=case.lam, align=case.align)
+        times: dict[StreamingAggregator, list[float]] = {aggregator: [], fresh: []}
+        for i in range(part * size, (part + 1) * size):
+            total[i % POOL] += weights[i]
+            # Each goes first every other time.
+            for one in (aggregator, fresh) if i % 2 else (fresh, aggregator):
+                client = copy(pool[i % POOL])
+                begin = time.process_time()
+                one.accept(client, weights[i])
+                times[one].append(1000 * (time.process_time() - begin))
+        q = statistics.quantiles(times[aggregator], n=20, method="inclusive")
+        rows.append(
+            {
+                "clients": (part + 1) * size,
+                "median": statistics.median(times[aggregator]),
+                "q05": q[0],
+                "q95": q[-1],
+                "fresh": statistics.median(times[fresh]),
+                "resident": psutil.Process().memory_info().rss / 1e6,
+            }
+        )
     return {
         "case": case.name,
         "bytes": case.bytes,
@@ -105,7 +118,7 @@ def sums(largest: int, track: Track = no_progress) -> list[dict[str, float]]:
     blocks, single = _Mean([torch.zeros(64)]), torch.zeros(64)
     exact, weight = torch.zeros(64, dtype=torch.float64), 0
     rows = []
-    for i in track(range(1, largest + 1), "sums"):
+    for i in track(range(1, largest + 1), f"sums of {largest}"):
         x = torch.randn(64, generator=generator).add_(1.0)
         w = i * 7919 % 199 + 1
         blocks.add([x], w)
@@ -123,51 +136,70 @@ def sums(largest: int, track: Track = no_progress) -> list[dict[str, float]]:
     return rows
 
 
-def costs(case: Case, rounds: int = 25) -> dict[str, Any]:
-    """Processor time in ns per element of a client, medians in turns: the operator on one client,
-    ``accept``, the same with sums of one kind alone, ``accept`` without alignment (for clients
-    that have aligned themselves), ``merge`` of a state; and of one client among ten in a call."""
-    ref, pool = adapters(case, 10)
-    options = {"lam": case.lam, "align": case.align}
-    ref_A, ref_B = list(ref.A.values()), list(ref.B.values())
-    like = [*ref_A, *ref_B]
-    aligning, plain = StreamingAggregator(ref, **options), StreamingAggregator(ref, lam=0.0)
-    single = [torch.zeros_like(t) for t in like]
-    double = [torch.zeros_like(t, dtype=torch.float64) for t in like]
-    state = aligning.state_dict() | {"weight": torch.tensor(1.0), "clients": torch.tensor(1)}
-    uploads = [t for c in pool for t in c.A.values()], [t for c in pool for t in c.B.values()]
-
-    def operator(client: Factors) -> list[Tensor]:
-        A, B = align_aggregate([*client.A.values()], [*client.B.values()], ref_A, ref_B, **options)
-        return [*A, *B]
-
-    forms: dict[str, Callable[[Factors], Any]] = {
-        "operator": operator,
-        "accept": lambda c: aligning.accept(c, 3.0),
-        "float32 sums": lambda c: torch._foreach_add_(single, operator(c), alpha=3.0),
-        "float64 sums": lambda c: torch._foreach_add_(double, operator(c), alpha=3.0),
-        "no alignment": lambda c: plain.accept(c, 3.0),
-        "merge": lambda c: aligning.merge(state),
-        "ten at once": lambda c: align_aggregate(*uploads, ref_A, ref_B, **options),
-    }
-    samples: dict[str, list[float]] = {name: [] for name in forms}
-    for i in range(rounds + 1):
-        for name, form in forms.items():
-            client = pool[i % len(pool)]
-            begin = time.process_time()
-            form(client)
-            if i:  # the first is for memory to be there
-                samples[name].append(time.process_time() - begin)
+def costs(
+    cases: Sequence[Case], rounds: int = 25, track: Track = no_progress
+) -> list[dict[str, Any]]:
+    """Processor time in ns per element of a client, medians; all cases and forms in turns."""
+    forms = [_forms(case) for case in cases]
+    samples: list[dict[str, list[float]]] = [{name: [] for name in those} for those in forms]
+    for i in track(range(rounds + 1), "costs"):
+        for those, into in zip(forms, samples, strict=True):
+            for name, form in those.items():
+                begin = time.process_time()
+                form(i)
+                if i:  # the first is for memory to be there
+                    into[name].append(time.process_time() - begin)
     shared = {"ten at once": 10}
+    return [
+        {
+            "case": case.name,
+            "dtype": case.dtype_name,
+            "rank": case.rank,
+            "elements": case.elements,
+            "ns": {
+                name: 1e9 * statistics.median(values) / case.elements / shared.get(name, 1)
+                for name, values in times.items()
+            },
+        }
+        for case, times in zip(cases, samples, strict=True)
+    ]
+
+
+def _forms(case: Case) -> dict[str, Callable[[int], Any]]:
+    """What is timed, on client ``i``:
+
+    ``operator``; ``run_once``: the same into memory that stays; ``float32 sums`` and ``float64
+    sums``: that, and added to sums of one kind; ``accept``; ``no alignment``: ``accept`` of a
+    client that has aligned itself; ``merge`` of a state; ``ten at once``: the operator on ten.
+    """
+    ref, pool = adapters(case, 10)
+    options: dict[str, Any] = {"lam": case.lam, "align": case.align}
+    ref_A, ref_B = list(ref.A.values()), list(ref.B.values())
+    A, B = empty_outputs(ref_A, ref_B)
+    single = [torch.zeros_like(t) for t in (*A, *B)]
+    double = [torch.zeros_like(t, dtype=torch.float64) for t in (*A, *B)]
+    aligning, plain = StreamingAggregator(ref, **options), StreamingAggregator(ref, lam=0.0)
+    state = aligning.state_dict()
+    state["weight"], state["clients"] = torch.ones(2, dtype=torch.float64)
+    lora = [([*c.A.values()], [*c.B.values()]) for c in pool]
+    ten = [t for A, _ in lora for t in A], [t for _, B in lora for t in B]
+
+    def once(i: int) -> None:
+        run_once((*lora[i % 10], ref_A, ref_B), A, B, **options, proper=True)
+
+    def added(i: int, sums: list[Tensor]) -> None:
+        once(i)
+        torch._foreach_add_(sums, [*A, *B], alpha=3.0)
+
     return {
-        "case": case.name,
-        "dtype": case.dtype_name,
-        "rank": case.rank,
-        "elements": case.elements,
-        "ns": {
-            name: 1e9 * statistics.median(values) / case.elements / shared.get(name, 1)
-            for name, values in samples.items()
-        },
+        "operator": lambda i: align_aggregate(*lora[i % 10], ref_A, ref_B, **options),
+        "run_once": once,
+        "float32 sums": lambda i: added(i, single),
+        "float64 sums": lambda i: added(i, double),
+        "accept": lambda i: aligning.accept(pool[i % 10], 3.0),
+        "no alignment": lambda i: plain.accept(pool[i % 10], 3.0),
+        "merge": lambda i: aligning.merge(state),
+        "ten at once": lambda i: align_aggregate(*ten, ref_A, ref_B, **options),
     }
 
 
@@ -189,10 +221,6 @@ def _error(
     return max(float((e - t.double()).abs().max() / e.abs().max()) for e, t in pairs)
 
 
-def _resident() -> float:
-    return psutil.Process().memory_info().rss / 1e6
-
-
 def draw(result: dict[str, Any]) -> bytes:
     """PNG: time and memory over the stream, and the error of sums."""
     bins, size = result["simulation"]["bins"], result["simulation"]["bytes"] / 1e6
@@ -207,6 +235,8 @@ def draw(result: dict[str, Any]) -> bytes:
             linewidth=0,
             label="5th to 95th percentile",
         )
+        fresh = [row["fresh"] for row in bins]
+        left.plot(clients, fresh, color=PLAIN, label="median, new aggregator in every part")
         left.plot(clients, [row["median"] for row in bins], color=COLORS[0], label="median")
         left.set_ylim(0, 1.5 * max(row["q95"] for row in bins))
         left.set_ylabel("processor time a client, ms")
@@ -248,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "machine": machine.describe("cpu", 1),
             "simulation": simulate(SIMULATED, options.clients, track=track),
             "sums": sums(options.sums, track),
-            "costs": [costs(case) for case in track(COSTS, "costs")],
+            "costs": costs(COSTS, track=track),
         }
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(options.output / "streaming.json", result)

@@ -17,6 +17,8 @@ from fedrot import distributed
 from fedrot.distributed import align_aggregate
 from fedrot.streaming import StreamingAggregator
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RANKS = 3
 WEIGHTS = [10.0, 20.0, 0.0, 31.0, 7.0]
 SHARDS = ([0, 1, 3, 4], [2], [])  # uneven, and a rank with no client

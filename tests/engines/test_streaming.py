@@ -18,6 +18,8 @@ from fedrot.factors import Factors
 from fedrot.streaming import StreamingAggregator
 from fedrot_kernels.backends import reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WEIGHTS = [10.0, 20.0, 0.0, 31.0, 7.0]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
