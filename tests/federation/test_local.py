@@ -12,7 +12,8 @@ from fedrot.gauge import haar, regauge
 from fedrot.methods import Server
 from fedrot.options import merge, parse_overrides
 from fedrot.simulation.adapter import draw_factors, get_factors, parameter_names, set_factors
-from fedrot.simulation.local import NO_EXAMPLE, GroupedLinear, draw_batches, train_clients
+from fedrot.simulation.grouped import GroupedLinear
+from fedrot.simulation.local import NO_EXAMPLE, draw_batches, train_clients
 from fedrot.simulation.rounds import prepare, train_round
 from fedrot.simulation.seeding import generator
 

@@ -2,16 +2,15 @@
 
 The clients share one frozen backbone and differ in their LoRA factors (and heads) alone. So these
 are stacked, ``(N, r, k)`` and ``(N, d, r)``, and the model runs once over the clients' batches, one
-behind the other: its frozen products see one large batch, and only the LoRA layers
-(:class:`GroupedLinear`) tell the clients apart. The sum of the client losses gives each client its
-own gradient, and an element-wise optimizer on the stacked tensors is N separate ones. Activations
-of ``N * batch_size`` examples are held at a time.
+behind the other: its frozen products see one large batch, and only the layers of
+:mod:`~fedrot.simulation.grouped` tell the clients apart. The sum of the client losses gives each
+client its own gradient, and an element-wise optimizer on the stacked tensors is N separate ones.
+Activations of ``N * batch_size`` examples are held at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn.functional import pad
 
 from fedrot.config import Local
 from fedrot.factors import Factors
-from fedrot.simulation.adapter import ADAPTER, PREFIX, parameter_names
+from fedrot.simulation.grouped import GroupedLayers, grouped
 from fedrot.tasks import Batch
 from fedrot.tasks.base import Track, example_losses, no_progress, trim
 
@@ -36,24 +35,6 @@ class Trained:
     factors: list[Factors]
     heads: list[dict[str, Tensor]]
     losses: Tensor
-
-
-class GroupedLinear(nn.Module):
-    """``N`` linear layers at once: input ``(N * b, ..., k)``, weight ``(N, d, k)``, bias
-    ``(N, d)`` or ``None``; the first ``b`` rows go through the first layer, and so on."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        grouped = x.reshape(len(self.weight), -1, x.shape[-1])
-        if self.bias is None:
-            y = grouped @ self.weight.mT
-        else:
-            y = torch.baddbmm(self.bias.unsqueeze(1), grouped, self.weight.mT)
-        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def draw_batches(examples: Tensor, local: Local, generator: torch.Generator) -> Tensor:
@@ -136,20 +117,21 @@ def _train_group(
         [pad(b, (0, 0, 0, longest - len(b)), value=NO_EXAMPLE) for b in batches], dim=1
     )  # (steps, N, batch_size)
     losses = torch.zeros(clients, dtype=torch.float64)
-    with _grouped(model, starts, heads) as layers:
+    with grouped(model, starts, heads) as layers:
         step_all = _Optimizer(layers, local, parts)
         for step in range(longest):
             next(clock)
             flat = rows[step].flatten()
             batch = trim({key: value[flat.clamp(min=0)] for key, value in train.items()})
-            loss = _client_losses(model, batch, flat != NO_EXAMPLE, clients)
+            loss = _client_losses(model.get_base_model(), batch, flat != NO_EXAMPLE, clients)
             active = step < lengths
             step_all(loss, active)
             losses += torch.where(active, loss.detach().double(), 0.0)
-        return Trained(*_collect(layers, starts, heads), losses / lengths)
+        ends = [layers.of(i, *own) for i, own in enumerate(zip(starts, heads, strict=True))]
+    return Trained([f for f, _ in ends], [head for _, head in ends], losses / lengths)
 
 
-def _client_losses(model: PeftModel, batch: Batch, present: Tensor, clients: int) -> Tensor:
+def _client_losses(model: nn.Module, batch: Batch, present: Tensor, clients: int) -> Tensor:
     """The mean loss of each client ``(N,)`` on its part of the batch."""
     output = model(**{key: value for key, value in batch.items() if key != "labels"})
     sums, counts = example_losses(output, batch)
@@ -161,15 +143,13 @@ def _client_losses(model: PeftModel, batch: Batch, present: Tensor, clients: int
 class _Optimizer:
     """One step of every client's own optimizer."""
 
-    def __init__(self, layers: dict[str, GroupedLinear], local: Local, parts: str) -> None:
+    def __init__(self, layers: GroupedLayers, local: Local, parts: str) -> None:
         self.local = local
-        groups: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "head": []}
-        for name, layer in layers.items():
-            part = next((p for p in "AB" if name.endswith(f".lora_{p}.{ADAPTER}")), "head")
-            layer.requires_grad_(part == "head" or part in parts)
-            groups[part] += [p for p in layer.parameters() if p.requires_grad]
+        groups = {part: layers.parameters(part) for part in (*parts, "head")}
         rates = {"A": local.lr, "B": local.lr * local.lr_ratio, "head": local.lr}
         self.trained = [p for group in groups.values() for p in group]
+        for p in self.trained:
+            p.requires_grad_()
         self.starts = [p.detach().clone() for p in self.trained] if local.prox else []
         options = [{"params": group, "lr": rates[part]} for part, group in groups.items() if group]
         decay = local.weight_decay
@@ -211,61 +191,3 @@ class _Optimizer:
 def _gradient(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
-
-
-@contextmanager
-def _grouped(
-    model: PeftModel, starts: Sequence[Factors], heads: Sequence[dict[str, Tensor]]
-) -> Iterator[dict[str, GroupedLinear]]:
-    """The model with its LoRA layers, and the linear layers of the heads, grouped; by name."""
-    layers: dict[str, GroupedLinear] = {}
-    for module, (name_A, name_B) in parameter_names(model).items():
-        r = max(f.A[module].shape[0] for f in starts)
-        A = [pad(f.A[module], (0, 0, 0, r - f.A[module].shape[0])) for f in starts]
-        B = [pad(f.B[module], (0, r - f.B[module].shape[1])) for f in starts]
-        layers[name_A.removesuffix(".weight")] = GroupedLinear(torch.stack(A))
-        layers[name_B.removesuffix(".weight")] = GroupedLinear(torch.stack(B))
-    for name in heads[0]:
-        if name.endswith(".weight"):
-            base = name.removesuffix(".weight")
-            bias = f"{base}.bias"
-            layers[PREFIX + base] = GroupedLinear(
-                torch.stack([head[name] for head in heads]),
-                torch.stack([head[bias] for head in heads]) if bias in heads[0] else None,
-            )
-    plain = {name: model.get_submodule(name) for name in layers}
-    try:
-        for name, layer in layers.items():
-            _put(model, name, layer)
-        yield layers
-    finally:
-        for name, own in plain.items():
-            _put(model, name, own)
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
-
-
-def _collect(
-    layers: dict[str, GroupedLinear],
-    starts: Sequence[Factors],
-    heads: Sequence[dict[str, Tensor]],
-) -> tuple[list[Factors], list[dict[str, Tensor]]]:
-    """The clients' factors and heads, each of its own rank."""
-
-    def own(module: str, part: str, client: int) -> Tensor:
-        weight = layers[f"{PREFIX}{module}.lora_{part}.{ADAPTER}"].weight[client].detach()
-        r = starts[client].A[module].shape[0]
-        return (weight[:r] if part == "A" else weight[:, :r]).contiguous()
-
-    def of_head(name: str, client: int) -> Tensor:
-        base, _, kind = name.rpartition(".")
-        return getattr(layers[PREFIX + base], kind)[client].detach()
-
-    factors = [
-        Factors({m: own(m, "A", i) for m in start.A}, {m: own(m, "B", i) for m in start.B})
-        for i, start in enumerate(starts)
-    ]
-    return factors, [{n: of_head(n, i) for n in head} for i, head in enumerate(heads)]
