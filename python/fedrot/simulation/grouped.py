@@ -58,10 +58,7 @@ class GroupedLora(nn.Module):
 
 def _grouped_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     grouped = x.reshape(len(weight), -1, x.shape[-1])
-    if bias is None:
-        y = grouped @ weight.mT
-    else:
-        y = torch.baddbmm(bias, grouped, weight.mT)
+    y = grouped @ weight.mT if bias is None else torch.baddbmm(bias, grouped, weight.mT)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

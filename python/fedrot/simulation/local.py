@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from fedrot.config import Local
 from fedrot.factors import Factors
 from fedrot.simulation.grouped import GroupedLayers, grouped
+from fedrot.simulation.memory import Memory
 from fedrot.tasks import Batch
 from fedrot.tasks.base import Track, example_losses, no_progress, trim
 
@@ -62,6 +63,7 @@ def train_clients(
     *,
     parts: str = "AB",
     heads: Sequence[dict[str, Tensor]] | None = None,
+    memory: Memory | None = None,
     track: Track = no_progress,
 ) -> Trained:
     """Train every client from its own factors on its own batches.
@@ -75,6 +77,7 @@ def train_clients(
         local: how to train; ``local.together`` clients go through the model at a time.
         parts: which factors are trained, ``"AB"``, ``"A"`` or ``"B"``.
         heads: per client the parameters of linear layers of the base model, by name; trained too.
+        memory: of ``model`` and ``train``.
     """
     together = local.together or len(starts)
     groups = [slice(i, i + together) for i in range(0, len(starts), together)]
@@ -89,6 +92,7 @@ def train_clients(
             local,
             parts,
             heads[group] if heads else [{} for _ in starts[group]],
+            memory or Memory({}),
             clock,
         )
         for group in groups
@@ -109,35 +113,39 @@ def _train_group(
     local: Local,
     parts: str,
     heads: Sequence[dict[str, Tensor]],
+    memory: Memory,
     clock: Iterator[int],
 ) -> Trained:
     clients, longest = len(starts), max(len(rows) for rows in batches)
     lengths = torch.tensor([len(rows) for rows in batches])
     rows = torch.stack(
         [pad(b, (0, 0, 0, longest - len(b)), value=NO_EXAMPLE) for b in batches], dim=1
-    )  # (steps, N, batch_size)
+    ).flatten(1)  # (steps, N * batch_size)
+    full = bool((rows != NO_EXAMPLE).all())
     losses = torch.zeros(clients, dtype=torch.float64)
-    with grouped(model, starts, heads) as layers:
+    with grouped(model, starts, heads) as layers, memory.recalled(model):
         step_all = _Optimizer(layers, local, parts)
         for step in range(longest):
             next(clock)
-            flat = rows[step].flatten()
-            batch = trim({key: value[flat.clamp(min=0)] for key, value in train.items()})
-            loss = _client_losses(model.get_base_model(), batch, flat != NO_EXAMPLE, clients)
-            active = step < lengths
+            memory.rows = rows[step].clamp(min=0)
+            batch = trim({key: value[memory.rows] for key, value in train.items()})
+            present = None if full else rows[step] != NO_EXAMPLE
+            loss = _client_losses(model.get_base_model(), batch, present, clients)
+            active = None if full else step < lengths
             step_all(loss, active)
-            losses += torch.where(active, loss.detach().double(), 0.0)
+            losses += loss.detach() if active is None else torch.where(active, loss.detach(), 0.0)
         ends = [layers.of(i, *own) for i, own in enumerate(zip(starts, heads, strict=True))]
     return Trained([f for f, _ in ends], [head for _, head in ends], losses / lengths)
 
 
-def _client_losses(model: nn.Module, batch: Batch, present: Tensor, clients: int) -> Tensor:
-    """The mean loss of each client ``(N,)`` on its part of the batch."""
+def _client_losses(model: nn.Module, batch: Batch, present: Tensor | None, clients: int) -> Tensor:
+    """The mean loss of each client ``(N,)`` on its part of the batch; of all examples in it, or of
+    those that are ``present`` ``(N * batch_size,)``."""
     output = model(**{key: value for key, value in batch.items() if key != "labels"})
     sums, counts = example_losses(output, batch)
-    sums = torch.where(present, sums, 0.0).view(clients, -1).sum(1)
-    counts = torch.where(present, counts, 0).view(clients, -1).sum(1)
-    return sums / counts.clamp(min=1)
+    if present is not None:
+        sums, counts = torch.where(present, sums, 0.0), torch.where(present, counts, 0)
+    return sums.view(clients, -1).sum(1) / counts.view(clients, -1).sum(1).clamp(min=1)
 
 
 class _Optimizer:
@@ -155,22 +163,26 @@ class _Optimizer:
         decay = local.weight_decay
         self.optimizer: torch.optim.Optimizer
         if local.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(options, momentum=local.momentum, weight_decay=decay)
+            self.optimizer = torch.optim.SGD(
+                options, momentum=local.momentum, weight_decay=decay, fused=True
+            )
         else:
             kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[local.optimizer]
-            self.optimizer = kind(options, weight_decay=decay)
+            self.optimizer = kind(options, weight_decay=decay, fused=True)
 
-    def __call__(self, losses: Tensor, active: Tensor) -> None:
-        """``active`` ``(N,)``: clients that have not taken all their steps yet."""
-        self.optimizer.zero_grad()
-        losses.sum().backward()
-        with torch.no_grad():
-            if self.local.prox:
-                for p, start in zip(self.trained, self.starts, strict=True):
-                    _gradient(p).add_(p - start, alpha=self.local.prox)
-            if self.local.clip is not None:
-                self._clip(self.local.clip)
-        if bool(active.all()):
+    def __call__(self, losses: Tensor, active: Tensor | None) -> None:
+        """``active`` ``(N,)``: clients that have not taken all their steps yet; ``None`` is all."""
+        gradients = torch.autograd.grad(losses.sum(), self.trained)
+        if self.local.prox:
+            gradients = tuple(
+                g + self.local.prox * (p.detach() - start)
+                for g, p, start in zip(gradients, self.trained, self.starts, strict=True)
+            )
+        if self.local.clip is not None:
+            gradients = _clipped(gradients, self.local.clip)
+        for p, g in zip(self.trained, gradients, strict=True):
+            p.grad = g
+        if active is None:
             self.optimizer.step()
             return
         before = [p.detach().clone() for p in self.trained]
@@ -179,15 +191,9 @@ class _Optimizer:
             for p, old in zip(self.trained, before, strict=True):
                 p[~active] = old[~active]
 
-    def _clip(self, largest: float) -> None:
-        """The gradient of each client to a norm of at most ``largest``."""
-        gradients = [_gradient(p) for p in self.trained]
-        norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
-        scale = largest / norm.clamp(min=largest)
-        for g in gradients:
-            g.mul_(scale.view(-1, *(1,) * (g.dim() - 1)))
 
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
+def _clipped(gradients: Sequence[Tensor], largest: float) -> tuple[Tensor, ...]:
+    """The gradient of each client with a norm of at most ``largest``."""
+    norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+    scale = largest / norm.clamp(min=largest)
+    return tuple(g * scale.view(-1, *(1,) * (g.dim() - 1)) for g in gradients)
