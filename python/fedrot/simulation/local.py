@@ -181,7 +181,7 @@ class _Optimizer:
         if self.local.clip is not None:
             gradients = _clipped(gradients, self.local.clip)
         for p, g in zip(self.trained, gradients, strict=True):
-            p.grad = g
+            p.grad = g.contiguous()  # fused optimizers go by memory, not by strides
         if active is None:
             self.optimizer.step()
             return
