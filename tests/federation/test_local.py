@@ -11,8 +11,12 @@ from fedrot.factors import Factors
 from fedrot.gauge import haar, regauge
 from fedrot.methods import Server
 from fedrot.options import merge, parse_overrides
+from fedrot.simulation import grouped
+from fedrot.simulation import memory as memory_module
 from fedrot.simulation.adapter import draw_factors, get_factors, parameter_names, set_factors
-from fedrot.simulation.local import NO_EXAMPLE, GroupedLinear, draw_batches, train_clients
+from fedrot.simulation.grouped import GroupedLinear
+from fedrot.simulation.local import NO_EXAMPLE, draw_batches, train_clients
+from fedrot.simulation.memory import remember
 from fedrot.simulation.rounds import prepare, train_round
 from fedrot.simulation.seeding import generator
 
@@ -71,6 +75,7 @@ WAYS = {
     "clip": ["local.clip=0.05", "local.lr=3"],
     "epochs": ["local.epochs=1", "local.batch_size=20", "local.momentum=0.9", "local.lr=0.1"],
     "two at a time": ["local.together=2"],
+    "thin products": ["local.lr=0.3"],
     "head": ["local.lr=0.3"],
     "A": ["local.lr=0.3"],
     "B": ["local.lr=0.3"],
@@ -78,7 +83,9 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_batched_equals_one_client_at_a_time(federation, way):
+def test_batched_equals_one_client_at_a_time(federation, way, monkeypatch):
+    if way == "thin products":
+        monkeypatch.setattr(grouped, "MERGED", 0)
     local = load(parse_overrides(["local.steps=8", *WAYS[way]])).local
     parts = way if way in "AB" else "AB"
     head = ["classifier.weight", "classifier.bias"] if way == "head" else []
@@ -91,7 +98,14 @@ def test_batched_equals_one_client_at_a_time(federation, way):
     base = federation.model.base_model.model
     heads = [{name: base.get_parameter(name).detach() + 0.1 * i for name in head} for i in range(4)]
     done = train_clients(
-        federation.model, starts, federation.data.train, rows, local, parts=parts, heads=heads
+        federation.model,
+        starts,
+        federation.data.train,
+        rows,
+        local,
+        parts=parts,
+        heads=heads,
+        memory=federation.memory,
     )
     for i in range(4):
         with torch.no_grad():
@@ -222,3 +236,32 @@ def test_regauge_keeps_the_products(federation):
             assert float((b.A[name] - a.A[name]).norm()) > 0.1
     again = regauge(plain[0], generator(0, "gauge", 0, 0))
     assert all(torch.equal(again.A[n], own[0].A[n]) for n in again.A)
+
+
+def test_memory_holds_what_no_trained_parameter_reaches(federation):
+    memory, train = federation.memory, federation.data.train
+    inside = "vit.layers.0" if "vit.layers.0.layernorm_before" in memory.outputs else "vit.encoder"
+    assert "vit.embeddings" in memory.outputs
+    assert any(n.startswith(inside) and n.endswith("layernorm_before") for n in memory.outputs)
+    assert not any("query" in n or "value" in n or ".1." in n for n in memory.outputs)
+    model = federation.model
+    rows = torch.tensor([5, 0, 5, 300])
+    batch = {"pixel_values": train["pixel_values"][rows]}
+    plain = model(**batch).logits
+    # Even with another input: it is looked up.
+    batch = {"pixel_values": torch.zeros_like(batch["pixel_values"])}
+    memory.rows = rows
+    with memory.recalled(model):
+        torch.testing.assert_close(model(**batch).logits, plain, rtol=0, atol=1e-6)
+    assert float((model(**batch).logits - plain).detach().abs().max()) > 1e-3
+
+
+def test_memory_is_bounded_and_leaves_sequences_alone(federation, monkeypatch):
+    train = federation.data.train
+    padded = {**train, "attention_mask": torch.ones(len(train["labels"]), 9)}
+    assert remember(federation.model, padded).outputs == {}
+    kept = sum(t.nbytes for t in federation.memory.outputs.values())
+    monkeypatch.setattr(memory_module, "LARGEST", kept)
+    assert remember(federation.model, train).outputs.keys() == federation.memory.outputs.keys()
+    monkeypatch.setattr(memory_module, "LARGEST", kept - 1)
+    assert remember(federation.model, train).outputs == {}

@@ -2,16 +2,15 @@
 
 The clients share one frozen backbone and differ in their LoRA factors (and heads) alone. So these
 are stacked, ``(N, r, k)`` and ``(N, d, r)``, and the model runs once over the clients' batches, one
-behind the other: its frozen products see one large batch, and only the LoRA layers
-(:class:`GroupedLinear`) tell the clients apart. The sum of the client losses gives each client its
-own gradient, and an element-wise optimizer on the stacked tensors is N separate ones. Activations
-of ``N * batch_size`` examples are held at a time.
+behind the other: its frozen products see one large batch, and only the layers of
+:mod:`~fedrot.simulation.grouped` tell the clients apart. The sum of the client losses gives each
+client its own gradient, and an element-wise optimizer on the stacked tensors is N separate ones.
+Activations of ``N * batch_size`` examples are held at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,8 @@ from torch.nn.functional import pad
 
 from fedrot.config import Local
 from fedrot.factors import Factors
-from fedrot.simulation.adapter import ADAPTER, PREFIX, parameter_names
+from fedrot.simulation.grouped import GroupedLayers, grouped
+from fedrot.simulation.memory import Memory
 from fedrot.tasks import Batch
 from fedrot.tasks.base import Track, example_losses, no_progress, trim
 
@@ -36,24 +36,6 @@ class Trained:
     factors: list[Factors]
     heads: list[dict[str, Tensor]]
     losses: Tensor
-
-
-class GroupedLinear(nn.Module):
-    """``N`` linear layers at once: input ``(N * b, ..., k)``, weight ``(N, d, k)``, bias
-    ``(N, d)`` or ``None``; the first ``b`` rows go through the first layer, and so on."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        grouped = x.reshape(len(self.weight), -1, x.shape[-1])
-        if self.bias is None:
-            y = grouped @ self.weight.mT
-        else:
-            y = torch.baddbmm(self.bias.unsqueeze(1), grouped, self.weight.mT)
-        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def draw_batches(examples: Tensor, local: Local, generator: torch.Generator) -> Tensor:
@@ -81,6 +63,7 @@ def train_clients(
     *,
     parts: str = "AB",
     heads: Sequence[dict[str, Tensor]] | None = None,
+    memory: Memory | None = None,
     track: Track = no_progress,
 ) -> Trained:
     """Train every client from its own factors on its own batches.
@@ -94,6 +77,7 @@ def train_clients(
         local: how to train; ``local.together`` clients go through the model at a time.
         parts: which factors are trained, ``"AB"``, ``"A"`` or ``"B"``.
         heads: per client the parameters of linear layers of the base model, by name; trained too.
+        memory: of ``model`` and ``train``.
     """
     together = local.together or len(starts)
     groups = [slice(i, i + together) for i in range(0, len(starts), together)]
@@ -108,6 +92,7 @@ def train_clients(
             local,
             parts,
             heads[group] if heads else [{} for _ in starts[group]],
+            memory or Memory({}),
             clock,
         )
         for group in groups
@@ -128,69 +113,76 @@ def _train_group(
     local: Local,
     parts: str,
     heads: Sequence[dict[str, Tensor]],
+    memory: Memory,
     clock: Iterator[int],
 ) -> Trained:
     clients, longest = len(starts), max(len(rows) for rows in batches)
     lengths = torch.tensor([len(rows) for rows in batches])
     rows = torch.stack(
         [pad(b, (0, 0, 0, longest - len(b)), value=NO_EXAMPLE) for b in batches], dim=1
-    )  # (steps, N, batch_size)
+    ).flatten(1)  # (steps, N * batch_size)
+    full = bool((rows != NO_EXAMPLE).all())
     losses = torch.zeros(clients, dtype=torch.float64)
-    with _grouped(model, starts, heads) as layers:
+    with grouped(model, starts, heads) as layers, memory.recalled(model):
         step_all = _Optimizer(layers, local, parts)
         for step in range(longest):
             next(clock)
-            flat = rows[step].flatten()
-            batch = trim({key: value[flat.clamp(min=0)] for key, value in train.items()})
-            loss = _client_losses(model, batch, flat != NO_EXAMPLE, clients)
-            active = step < lengths
+            memory.rows = rows[step].clamp(min=0)
+            batch = trim({key: value[memory.rows] for key, value in train.items()})
+            present = None if full else rows[step] != NO_EXAMPLE
+            loss = _client_losses(model.get_base_model(), batch, present, clients)
+            active = None if full else step < lengths
             step_all(loss, active)
-            losses += torch.where(active, loss.detach().double(), 0.0)
-        return Trained(*_collect(layers, starts, heads), losses / lengths)
+            losses += loss.detach() if active is None else torch.where(active, loss.detach(), 0.0)
+        ends = [layers.of(i, *own) for i, own in enumerate(zip(starts, heads, strict=True))]
+    return Trained([f for f, _ in ends], [head for _, head in ends], losses / lengths)
 
 
-def _client_losses(model: PeftModel, batch: Batch, present: Tensor, clients: int) -> Tensor:
-    """The mean loss of each client ``(N,)`` on its part of the batch."""
+def _client_losses(model: nn.Module, batch: Batch, present: Tensor | None, clients: int) -> Tensor:
+    """The mean loss of each client ``(N,)`` on its part of the batch; of all examples in it, or of
+    those that are ``present`` ``(N * batch_size,)``."""
     output = model(**{key: value for key, value in batch.items() if key != "labels"})
     sums, counts = example_losses(output, batch)
-    sums = torch.where(present, sums, 0.0).view(clients, -1).sum(1)
-    counts = torch.where(present, counts, 0).view(clients, -1).sum(1)
-    return sums / counts.clamp(min=1)
+    if present is not None:
+        sums, counts = torch.where(present, sums, 0.0), torch.where(present, counts, 0)
+    return sums.view(clients, -1).sum(1) / counts.view(clients, -1).sum(1).clamp(min=1)
 
 
 class _Optimizer:
     """One step of every client's own optimizer."""
 
-    def __init__(self, layers: dict[str, GroupedLinear], local: Local, parts: str) -> None:
+    def __init__(self, layers: GroupedLayers, local: Local, parts: str) -> None:
         self.local = local
-        groups: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "head": []}
-        for name, layer in layers.items():
-            part = next((p for p in "AB" if name.endswith(f".lora_{p}.{ADAPTER}")), "head")
-            layer.requires_grad_(part == "head" or part in parts)
-            groups[part] += [p for p in layer.parameters() if p.requires_grad]
+        groups = {part: layers.parameters(part) for part in (*parts, "head")}
         rates = {"A": local.lr, "B": local.lr * local.lr_ratio, "head": local.lr}
         self.trained = [p for group in groups.values() for p in group]
+        for p in self.trained:
+            p.requires_grad_()
         self.starts = [p.detach().clone() for p in self.trained] if local.prox else []
         options = [{"params": group, "lr": rates[part]} for part, group in groups.items() if group]
         decay = local.weight_decay
         self.optimizer: torch.optim.Optimizer
         if local.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(options, momentum=local.momentum, weight_decay=decay)
+            self.optimizer = torch.optim.SGD(
+                options, momentum=local.momentum, weight_decay=decay, fused=True
+            )
         else:
             kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[local.optimizer]
-            self.optimizer = kind(options, weight_decay=decay)
+            self.optimizer = kind(options, weight_decay=decay, fused=True)
 
-    def __call__(self, losses: Tensor, active: Tensor) -> None:
-        """``active`` ``(N,)``: clients that have not taken all their steps yet."""
-        self.optimizer.zero_grad()
-        losses.sum().backward()
-        with torch.no_grad():
-            if self.local.prox:
-                for p, start in zip(self.trained, self.starts, strict=True):
-                    _gradient(p).add_(p - start, alpha=self.local.prox)
-            if self.local.clip is not None:
-                self._clip(self.local.clip)
-        if bool(active.all()):
+    def __call__(self, losses: Tensor, active: Tensor | None) -> None:
+        """``active`` ``(N,)``: clients that have not taken all their steps yet; ``None`` is all."""
+        gradients = torch.autograd.grad(losses.sum(), self.trained)
+        if self.local.prox:
+            gradients = tuple(
+                g + self.local.prox * (p.detach() - start)
+                for g, p, start in zip(gradients, self.trained, self.starts, strict=True)
+            )
+        if self.local.clip is not None:
+            gradients = _clipped(gradients, self.local.clip)
+        for p, g in zip(self.trained, gradients, strict=True):
+            p.grad = g.contiguous()  # fused optimizers go by memory, not by strides
+        if active is None:
             self.optimizer.step()
             return
         before = [p.detach().clone() for p in self.trained]
@@ -199,73 +191,9 @@ class _Optimizer:
             for p, old in zip(self.trained, before, strict=True):
                 p[~active] = old[~active]
 
-    def _clip(self, largest: float) -> None:
-        """The gradient of each client to a norm of at most ``largest``."""
-        gradients = [_gradient(p) for p in self.trained]
-        norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
-        scale = largest / norm.clamp(min=largest)
-        for g in gradients:
-            g.mul_(scale.view(-1, *(1,) * (g.dim() - 1)))
 
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
-
-
-@contextmanager
-def _grouped(
-    model: PeftModel, starts: Sequence[Factors], heads: Sequence[dict[str, Tensor]]
-) -> Iterator[dict[str, GroupedLinear]]:
-    """The model with its LoRA layers, and the linear layers of the heads, grouped; by name."""
-    layers: dict[str, GroupedLinear] = {}
-    for module, (name_A, name_B) in parameter_names(model).items():
-        r = max(f.A[module].shape[0] for f in starts)
-        A = [pad(f.A[module], (0, 0, 0, r - f.A[module].shape[0])) for f in starts]
-        B = [pad(f.B[module], (0, r - f.B[module].shape[1])) for f in starts]
-        layers[name_A.removesuffix(".weight")] = GroupedLinear(torch.stack(A))
-        layers[name_B.removesuffix(".weight")] = GroupedLinear(torch.stack(B))
-    for name in heads[0]:
-        if name.endswith(".weight"):
-            base = name.removesuffix(".weight")
-            bias = f"{base}.bias"
-            layers[PREFIX + base] = GroupedLinear(
-                torch.stack([head[name] for head in heads]),
-                torch.stack([head[bias] for head in heads]) if bias in heads[0] else None,
-            )
-    plain = {name: model.get_submodule(name) for name in layers}
-    try:
-        for name, layer in layers.items():
-            _put(model, name, layer)
-        yield layers
-    finally:
-        for name, own in plain.items():
-            _put(model, name, own)
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
-
-
-def _collect(
-    layers: dict[str, GroupedLinear],
-    starts: Sequence[Factors],
-    heads: Sequence[dict[str, Tensor]],
-) -> tuple[list[Factors], list[dict[str, Tensor]]]:
-    """The clients' factors and heads, each of its own rank."""
-
-    def own(module: str, part: str, client: int) -> Tensor:
-        weight = layers[f"{PREFIX}{module}.lora_{part}.{ADAPTER}"].weight[client].detach()
-        r = starts[client].A[module].shape[0]
-        return (weight[:r] if part == "A" else weight[:, :r]).contiguous()
-
-    def of_head(name: str, client: int) -> Tensor:
-        base, _, kind = name.rpartition(".")
-        return getattr(layers[PREFIX + base], kind)[client].detach()
-
-    factors = [
-        Factors({m: own(m, "A", i) for m in start.A}, {m: own(m, "B", i) for m in start.B})
-        for i, start in enumerate(starts)
-    ]
-    return factors, [{n: of_head(n, i) for n in head} for i, head in enumerate(heads)]
+def _clipped(gradients: Sequence[Tensor], largest: float) -> tuple[Tensor, ...]:
+    """The gradient of each client with a norm of at most ``largest``."""
+    norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+    scale = largest / norm.clamp(min=largest)
+    return tuple(g * scale.view(-1, *(1,) * (g.dim() - 1)) for g in gradients)

@@ -38,6 +38,7 @@ from fedrot.simulation.adapter import (
     set_head,
 )
 from fedrot.simulation.local import draw_batches, train_clients
+from fedrot.simulation.memory import Memory, remember
 from fedrot.simulation.run_dir import Row, RunDir, open_run
 from fedrot.simulation.seeding import generator
 from fedrot.tasks import TaskData
@@ -55,6 +56,7 @@ class Federation:
     frozen: FrozenWeights
     head: dict[str, Tensor]  # as it was before training; empty where it stays frozen
     examples: list[Tensor]  # per client its rows of data.train
+    memory: Memory
 
     def start(self) -> Server:
         """Before the first round."""
@@ -155,7 +157,8 @@ def prepare(config: Config, track: Track = no_progress) -> Federation:
     model = adapt(base, config.lora, config.task.lora_targets(base))
     examples = split(data, config.clients, config.seed)
     head = get_head(model) if config.local.head else {}
-    return Federation(config, data, model, FrozenWeights(model), head, examples)
+    memory = remember(model, data.train)
+    return Federation(config, data, model, FrozenWeights(model), head, examples, memory)
 
 
 def hold_out(data: TaskData, fraction: float, seed: int) -> TaskData:
@@ -245,6 +248,7 @@ def train_round(federation: Federation, server: Server, track: Track = no_progre
         # The uploads of an own start are shared by all methods.
         parts="AB" if config.start == "own" else method.parts(round),
         heads=[server.head for _ in clients] if server.head else None,
+        memory=federation.memory,
         track=track,
     )
     _check_converging(clients, done.losses, round, config.local.lr)

@@ -1,0 +1,127 @@
+"""The adapted layers of all clients of a round as one, inside the one shared model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from fedrot.factors import Factors
+from fedrot.simulation.adapter import ADAPTER, parameter_names
+
+# Up to this many entries of a weight, one product with `W + scaling B A` of each client is faster
+# than the frozen product and two thin ones beside it (docs/training.md).
+MERGED = 128 * 64
+
+
+class GroupedLinear(nn.Module):
+    """``N`` linear layers at once: input ``(N * b, ..., k)``, weight ``(N, d, k)``, bias
+    ``(N, d)`` or ``None``; the first ``b`` rows go through the first layer, and so on."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.unsqueeze(1)
+        return _grouped_product(x, self.weight, bias)
+
+
+class GroupedLora(nn.Module):
+    """A frozen layer with ``N`` LoRA adapters: ``A`` ``(N, r, k)``, ``B`` ``(N, d, r)``, input
+    ``(N * b, ..., k)`` as for :class:`GroupedLinear`."""
+
+    def __init__(self, adapted: Any, A: Tensor, B: Tensor) -> None:
+        super().__init__()
+        self.base = adapted.get_base_layer()
+        self.scaling: float = adapted.scaling[ADAPTER]
+        self.A, self.B = (nn.Parameter(t, requires_grad=False) for t in (A, B))
+        small = self.base.weight.numel() <= MERGED and self.base.weight.dtype == A.dtype
+        self.merged = small and type(self.base) is nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            weight = torch.baddbmm(self.base.weight, self.B, self.A, alpha=self.scaling)
+            return _grouped_product(x, weight, self.base.bias)
+        y = self.base(x)
+        grouped = x.reshape(len(self.A), -1, x.shape[-1]).to(self.A.dtype)
+        update = (grouped @ self.A.mT) @ self.B.mT
+        return y + (update * self.scaling).view(y.shape).to(y.dtype)
+
+
+def _grouped_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    grouped = x.reshape(len(weight), -1, x.shape[-1])
+    y = grouped @ weight.mT if bias is None else torch.baddbmm(bias, grouped, weight.mT)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@dataclass(frozen=True)
+class GroupedLayers:
+    """What tells the clients apart, by the layers' names in the base model."""
+
+    lora: dict[str, GroupedLora]
+    heads: dict[str, GroupedLinear]
+
+    def parameters(self, part: str) -> list[nn.Parameter]:
+        """Those of ``"A"``, ``"B"`` or ``"head"``, stacked; none requires a gradient yet."""
+        if part == "head":
+            return [p for layer in self.heads.values() for p in layer.parameters()]
+        return [layer.A if part == "A" else layer.B for layer in self.lora.values()]
+
+    def of(
+        self, client: int, start: Factors, head: dict[str, Tensor]
+    ) -> tuple[Factors, dict[str, Tensor]]:
+        """A client's factors, of the rank of its ``start``, and its head."""
+        A, B = {}, {}
+        for module, layer in self.lora.items():
+            r = start.A[module].shape[0]
+            A[module] = layer.A[client, :r].detach().contiguous()
+            B[module] = layer.B[client, :, :r].detach().contiguous()
+        own = {}
+        for name in head:
+            base, _, kind = name.rpartition(".")
+            own[name] = getattr(self.heads[base], kind)[client].detach()
+        return Factors(A, B), own
+
+
+@contextmanager
+def grouped(
+    model: PeftModel, starts: Sequence[Factors], heads: Sequence[dict[str, Tensor]]
+) -> Iterator[GroupedLayers]:
+    """The model with the clients' LoRA layers, and the linear layers of their heads, in it."""
+    base = model.get_base_model()
+    lora, of_heads = {}, {}
+    for module in parameter_names(model):
+        r = max(f.A[module].shape[0] for f in starts)
+        A = [pad(f.A[module], (0, 0, 0, r - f.A[module].shape[0])) for f in starts]
+        B = [pad(f.B[module], (0, r - f.B[module].shape[1])) for f in starts]
+        lora[module] = GroupedLora(base.get_submodule(module), torch.stack(A), torch.stack(B))
+    for name in heads[0]:
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight":
+            bias = f"{layer}.bias"
+            of_heads[layer] = GroupedLinear(
+                torch.stack([head[name] for head in heads]),
+                torch.stack([head[bias] for head in heads]) if bias in heads[0] else None,
+            )
+    layers = {**lora, **of_heads}
+    plain = {name: base.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            _put(base, name, layer)
+        yield GroupedLayers(lora, of_heads)
+    finally:
+        for name, own in plain.items():
+            _put(base, name, own)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
