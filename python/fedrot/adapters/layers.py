@@ -1,7 +1,7 @@
 """From the keys of a PEFT state dict to layers of LoRA factors, and back."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,9 @@ EMBEDDING_NAMES = frozenset(
 
 _FACTOR = re.compile(r"(?P<name>.+)\.(?P<factor>lora_[AB]\.weight|lora_embedding_[AB])")
 _LORA_PART = re.compile(r"\.lora_\w+(\.|$)")
+# The same in a model, where the adapter may be named.
+_NAMED = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+_NAMED_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
 
 
 @dataclass(frozen=True)
@@ -145,3 +148,35 @@ def _is_embedding(key: str, tensors: Mapping[str, Tensor]) -> bool:
     module = key.removesuffix(".weight").removesuffix(".base_layer")
     adapted = f"{module}.lora_embedding_A" in tensors
     return adapted or module.rsplit(".", 1)[-1] in EMBEDDING_NAMES
+
+
+def factor_keys(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The keys of `A` and `B` of every layer, where no configuration says which layers there are.
+
+    Takes PEFT's names with the adapter's (`...lora_A.default.weight`, as of parameters) and
+    without (`...lora_A.weight`, as in a saved state dict). Other keys are left out; layers are
+    sorted by name.
+
+    Raises:
+        ValueError: a layer has one factor without the other.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for key in sorted(keys):
+        if factor := factor_of(key):
+            layer, side = factor
+            found.setdefault(layer, {})[side] = key
+    for sides in found.values():
+        for side, other in ("AB", "BA"):
+            if side not in sides:
+                raise ValueError(f"{sides[other]!r} has no factor {side}: alignment needs both")
+    return {layer: (sides["A"], sides["B"]) for layer, sides in sorted(found.items())}
+
+
+def factor_of(key: str) -> tuple[str, str] | None:
+    """The layer and the side, `"A"` or `"B"`, of a key; None where it is no factor's."""
+    match = _NAMED.fullmatch(key) or _NAMED_EMBEDDING.fullmatch(key)
+    if match is None:
+        return None
+    name, side, adapter = match.groups()
+    suffix = f" ({adapter})" if adapter and adapter != "default" else ""
+    return _layer_name(name) + suffix, side
