@@ -231,6 +231,28 @@ class Plan:
         return self.A, self.B
 
 
+def run_once(
+    factors: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]],
+    A: list[Tensor],
+    B: list[Tensor],
+    lam: float,
+    align: str,
+    proper: bool,
+) -> None:
+    """``align_aggregate`` of ``lora_A, lora_B, ref_A, ref_B`` into ``A`` and ``B``.
+
+    For a caller whose outputs stay while the clients change. Nothing checks the outputs: they must
+    be contiguous, as :func:`~fedrot_kernels.tables.empty_outputs` makes them, and apart from all
+    inputs. Fresh ones can cost more than the arithmetic, where the system has to find new pages.
+
+    Raises:
+        ValueError, TypeError: as ``align_aggregate``; the outputs then hold no result.
+    """
+    clients = itertools.chain(*factors[:2])
+    planner = _planners.get(A[0].device.type) if all(map(_is_plain, clients)) else None
+    (planner or ThroughOperator)(factors, None, A, B, lam, align, proper).run()
+
+
 class ThroughOperator:
     """Runs where no backend plans."""
 
@@ -257,9 +279,14 @@ def _mark_changed(tensors: list[Tensor]) -> None:
             torch.autograd.graph.increment_version(t)
 
 
+def _is_plain(t: Tensor) -> bool:
+    """Whether its values lie in memory as they are."""
+    return type(t) in (Tensor, Parameter) and t.layout == torch.strided and not t.is_neg()
+
+
 def _check_memory(name: str, where: str, t: Tensor) -> None:
     """A plan reads and writes the memory of ``t`` itself."""
-    if type(t) not in (Tensor, Parameter) or t.layout != torch.strided or t.is_neg():
+    if not _is_plain(t):
         raise ValueError(f"{name} must be a plain dense tensor for {where}, got {_kind(t)}")
     if t.shape[1] > 1 and t.stride(1) != 1:
         raise ValueError(

@@ -12,6 +12,7 @@ from problems import planted
 from fedrot_kernels import Plan
 from fedrot_kernels import plan as plan_module
 from fedrot_kernels.backends import reference
+from fedrot_kernels.plan import run_once
 
 op = torch.ops.fedrot
 SHAPES = [(9, 14, 4), (31, 8, 2)]
@@ -296,6 +297,39 @@ def test_bad_flat_layouts():
         Plan(*inputs).rebind(buffers)
     with pytest.raises(ValueError, match="ref_B must hold as many layers as ref_A: 1 != 2"):
         Plan.flat(buffers, inputs.ref_A, inputs.ref_B[:1])
+
+
+LAYOUTS = {
+    "plain": lambda t: t,
+    "parameter": torch.nn.Parameter,
+    "columns": lambda t: t.T.contiguous().T,
+    "strided rows": lambda t: torch.nn.functional.pad(t, (0, 3))[:, : t.shape[1]],
+    "subclass": lambda t: t.as_subclass(Subclass),
+    "negative view": lambda t: torch._neg_view(-t),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_run_once_into_outputs_that_stay(planner, layout, dtype):
+    for ranks in ([4, 1], [2, 2]):
+        inputs = planted(2, SHAPES, dtype, ranks=ranks, seed=ranks[0])
+        expected = op.align_aggregate(*inputs, lam=0.7, align="B")
+        A, B = outputs()
+        A, B = [t.to(dtype) for t in A], [t.to(dtype) for t in B]
+        lora = [[LAYOUTS[layout](t) for t in side] for side in (inputs.lora_A, inputs.lora_B)]
+        run_once((*lora, inputs.ref_A, inputs.ref_B), A, B, 0.7, "B", True)
+        assert_equal((A, B), expected)
+
+
+def test_run_once_raises_what_the_operator_does(planner):
+    inputs = planted(2, SHAPES)
+    inputs.lora_B[3][0, 0] = torch.nan
+    with pytest.raises(ValueError, match="lora_B holds a non-finite value for client 1, layer 1"):
+        run_once(tuple(inputs), *outputs(), 0.4, "joint", True)
+    inputs.lora_B[3] = torch.ones(1, 1)
+    with pytest.raises(ValueError, match=r"lora_B must be .* for client 1, layer 1"):
+        run_once(tuple(inputs), *outputs(), 0.4, "joint", True)
 
 
 def test_plans_in_several_threads():
