@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 
 from fedrot import methods
-from fedrot.flower.records import Reference
+from fedrot.flower.records import Reference, decode
 
 # The modules of Flower's mods that change arrays, in the current and the legacy stack.
 CLIPS_OR_MASKS = ("centraldp_mods", "localdp_mod", "secagg_mod", "secaggplus_mod")
@@ -70,8 +70,8 @@ class FedRotMod:
             )
         ((key, record),) = reply.content.array_records.items()
         reference = Reference.of(sent[0], self.names)
-        aligned = reference.aggregate(self.method, {"the reply": record}, round=round)
-        reply.content[key] = ArrayRecord({**record, **aligned})
+        rotated = reference.rotate(self.method, decode(record), "the reply", round=round)
+        reply.content[key] = ArrayRecord({**record, **rotated})
         return reply
 
     def _round(self, message: Message) -> int:

@@ -1,4 +1,4 @@
-"""LoRA factors in Flower's `ArrayRecord`: find them, align them, put them back."""
+"""LoRA factors in Flower's `ArrayRecord`: find them, take them out, put them back."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from fedrot.adapters.layers import factor_keys, factor_of
 from fedrot.factors import Factors
 from fedrot.methods import FedRot
 
+Values = Mapping[str, np.ndarray]  # of a record, decoded
+
 
 @dataclass(frozen=True)
 class Reference:
-    """The global factors from which the clients started a round.
+    """The global arrays from which the clients started a round.
 
-    ``record``: all global arrays. ``layers``: by name the keys of ``A`` and of ``B`` in it.
-    ``tensors``: the factors by key, as they are stored: ``(r, k)`` and ``(d, r)``, with further
-    dimensions for a convolution.
+    ``layers``: by name the keys of ``A`` and of ``B`` in ``record``. ``tensors``: the factors by
+    key, as they are stored: ``(r, k)`` and ``(d, r)``, with further dimensions for a convolution.
     """
 
     record: ArrayRecord
@@ -37,7 +38,7 @@ class Reference:
 
         Raises:
             ValueError: no name is that of a LoRA factor, a layer has one factor without the
-                other, or there are more or fewer names than arrays.
+                other or a pair that does not fit, or there are more or fewer names than arrays.
             TypeError: a factor is not of floating point.
         """
         if names is not None and len(names) != len(record):
@@ -51,7 +52,7 @@ class Reference:
                 f"only {_some(key_of)}{numbered}"
             )
         tensors = {
-            key: _tensor(record, key, "the global arrays")
+            key: _tensor(record[key].numpy(), key, "the global arrays")
             for pair in layers.values()
             for key in pair
         }
@@ -65,53 +66,57 @@ class Reference:
                 )
         return cls(record, layers, tensors)
 
-    def aggregate(
-        self,
-        method: FedRot,
-        clients: Mapping[str, ArrayRecord],
-        weights: Tensor | None = None,
-        *,
-        round: int,
-    ) -> dict[str, Array]:
-        """Align the clients with these factors and average them: the new factors by their keys.
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """The global factors as matrices."""
+        return self._flat(self.tensors, dtype)
 
-        They have the shapes of the global ones and the widest dtype among the layer's factors of
-        the clients. A layer at a time, so that no more than that is held as tensors.
-
-        Args:
-            clients: by the name that errors give them.
-            weights: ``(N,)``, non-negative; ``None`` is uniform.
-            round: from 0.
+    def take(self, values: Values, who: str, dtype: torch.dtype | None = None) -> Factors:
+        """A client's factors as matrices, by default of its own dtype, the widest there is.
 
         Raises:
-            ValueError: a client lacks a factor, or one has a wrong shape.
+            ValueError: the client, called ``who``, has not the global factors, or one has a shape
+                that does not fit.
             TypeError: a factor is not of floating point.
         """
-        for who, record in clients.items():
-            self.check_keys(record, who)
+        for key in self.tensors:
+            if key not in values:
+                raise ValueError(f"{who}: {key!r} is missing, there are {_some(values)}")
+        if more := [key for key in values if key not in self.tensors and factor_of(key)]:
+            raise ValueError(f"{who}: {_some(more)} not among the global arrays")
+        tensors = {key: _tensor(values[key], key, who) for key in self.tensors}
+        for key_A, key_B in self.layers.values():
+            self._check_shapes(key_A, key_B, tensors, who)
+        own = reduce(torch.promote_types, (t.dtype for t in tensors.values()))
+        return self._flat(tensors, dtype or own)
+
+    def rotate(self, method: FedRot, values: Values, who: str, *, round: int) -> dict[str, Array]:
+        """A client's factors turned toward the global ones and padded to their rank, by their keys.
+
+        ``round`` counts from 0. Raises what :meth:`take` does.
+        """
+        client = self.take(values, who)
+        dtype = next(iter(client.A.values())).dtype
+        return self.put(method.aggregate([client], self.factors(dtype), round=round))
+
+    def put(self, factors: Factors) -> dict[str, Array]:
+        """Factors of the global rank as arrays, by their keys."""
         arrays = {}
         for layer, (key_A, key_B) in self.layers.items():
-            pairs = [self._pair(record, layer, who) for who, record in clients.items()]
-            dtype = reduce(torch.promote_types, (t.dtype for pair in pairs for t in pair))
-            uploads = [_factors(layer, pair, dtype) for pair in pairs]
-            reference = _factors(layer, (self.tensors[key_A], self.tensors[key_B]), dtype)
-            new = method.aggregate(uploads, reference, weights, round=round)
-            for key, tensor in ((key_A, new.A[layer]), (key_B, new.B[layer])):
+            for key, tensor in ((key_A, factors.A[layer]), (key_B, factors.B[layer])):
                 arrays[key] = Array(tensor.reshape(self.tensors[key].shape).numpy())
         return arrays
 
-    def check_keys(self, record: ArrayRecord, who: str) -> None:
-        """Raise `ValueError` unless a client has exactly the global factors."""
-        for key in self.tensors:
-            if key not in record:
-                raise ValueError(f"{who}: {key!r} is missing, there are {_some(record)}")
-        if more := [key for key in record if key not in self.tensors and factor_of(key)]:
-            raise ValueError(f"{who}: {_some(more)} not among the global arrays")
+    def _flat(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Factors:
+        A, B = (
+            {layer: tensors[pair[side]].flatten(1).to(dtype) for layer, pair in self.layers.items()}
+            for side in (0, 1)
+        )
+        return Factors(A, B)
 
-    def _pair(self, record: ArrayRecord, layer: str, who: str) -> tuple[Tensor, Tensor]:
-        key_A, key_B = self.layers[layer]
-        A, B = _tensor(record, key_A, who), _tensor(record, key_B, who)
-        A_ref, B_ref = self.tensors[key_A], self.tensors[key_B]
+    def _check_shapes(
+        self, key_A: str, key_B: str, tensors: Mapping[str, Tensor], who: str
+    ) -> None:
+        A, B, A_ref, B_ref = (t[key] for t in (tensors, self.tensors) for key in (key_A, key_B))
         r = A.shape[0] if A.ndim else 0
         if A.shape[1:] != A_ref.shape[1:] or not 1 <= r <= len(A_ref):
             raise ValueError(
@@ -123,19 +128,24 @@ class Reference:
                 f"{who}: {key_B!r} has shape {tuple(B.shape)}, but {key_A!r} has rank {r} and the "
                 f"global {key_B!r} shape {tuple(B_ref.shape)}"
             )
-        return A, B
 
 
-def _factors(layer: str, pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> Factors:
-    A, B = (t.flatten(1).to(dtype) for t in pair)
-    return Factors({layer: A}, {layer: B})
+def decode(record: ArrayRecord) -> Values:
+    return {key: array.numpy() for key, array in record.items()}
 
 
-def _tensor(record: ArrayRecord, key: str, who: str) -> Tensor:
-    values = record[key].numpy()
-    if not np.issubdtype(values.dtype, np.floating):
-        raise TypeError(f"{who}: {key!r} must be of floating point, got {values.dtype}")
-    return torch.from_numpy(values)
+def not_finite(values: Values) -> str | None:
+    """The first key under which there is a NaN or infinity."""
+    for key, array in values.items():
+        if np.issubdtype(array.dtype, np.inexact) and not np.isfinite(array).all():
+            return key
+    return None
+
+
+def _tensor(array: np.ndarray, key: str, who: str) -> Tensor:
+    if not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(f"{who}: {key!r} must be of floating point, got {array.dtype}")
+    return torch.from_numpy(array)
 
 
 def _some(keys: Iterable[str]) -> str:

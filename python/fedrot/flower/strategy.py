@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError
@@ -20,10 +20,11 @@ from flwr.serverapp.strategy import (
     FedAvg,
     Strategy,
 )
-from torch import Tensor
 
 from fedrot import methods
-from fedrot.flower.records import Reference
+from fedrot.factors import Factors
+from fedrot.flower.records import Reference, Values, decode, not_finite
+from fedrot.streaming import StreamingAggregator
 
 CLIENT_SIDE_CLIPPING = (
     DifferentialPrivacyClientSideAdaptiveClipping,
@@ -93,13 +94,16 @@ class FedRot(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        alignment = self.alignment
-        round, kept = alignment.round(server_round), alignment.usable(replies)
-        for who, reply in _by_node(kept).items():
-            key, record = _arrays(who, reply)
-            reply.content[key] = ArrayRecord(
-                {**record, **alignment.aggregate({who: record}, round)}
-            )
+        alignment, kept = self.alignment, []
+        round = alignment.round(server_round)
+        for reply, upload in alignment.received(replies):
+            if upload is not None:
+                # Flower counts rounds from 1, methods count from 0.
+                rotated = alignment.reference.rotate(
+                    alignment.method, upload.values, upload.who, round=round - 1
+                )
+                reply.content[upload.key] = ArrayRecord({**upload.record, **rotated})
+            kept.append(reply)
         arrays, metrics = self.strategy.aggregate_train(round, kept)
         return arrays and _typed_like(alignment.reference.record, arrays), metrics
 
@@ -116,9 +120,9 @@ class FedRot(Strategy):
 
 
 class FedRotAvg(FedAvg):
-    """``FedRot(FedAvg(...))`` in one step: the operator aligns and averages, in float32 sums.
+    """``FedRot(FedAvg(...))`` in one step: aligned and averaged client by client, in float32 sums.
 
-    Takes a layer of all clients at a time. The new factors have the clients' floating-point type;
+    Holds one client at a time as tensors. The new factors have the clients' floating-point type;
     arrays that are no LoRA factors are averaged as FedAvg does.
 
     Args:
@@ -155,29 +159,33 @@ class FedRotAvg(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        alignment = self.alignment
-        round, kept = alignment.round(server_round), alignment.usable(replies)
-        clients, weights = {}, []
-        for who, reply in _by_node(kept).items():
-            key, clients[who] = _arrays(who, reply)
-            alignment.reference.check_keys(clients[who], who)
-            factors = alignment.reference.tensors
-            reply.content[key] = ArrayRecord(
-                {name: array for name, array in clients[who].items() if name not in factors}
-            )
-        # FedAvg checks the replies, averages what is left of them, and their metrics.
+        alignment, kept, aggregator = self.alignment, [], None
+        round = alignment.round(server_round)
+        for reply, upload in alignment.received(replies):
+            if upload is not None:
+                client = alignment.reference.take(upload.values, upload.who)
+                aggregator = aggregator or alignment.aggregator(client, round)
+                aggregator.accept(client, self._weight(reply, upload.who), name=upload.who)
+                factors = alignment.reference.tensors
+                reply.content[upload.key] = ArrayRecord(
+                    {key: array for key, array in upload.record.items() if key not in factors}
+                )
+            kept.append(reply)
+        new = alignment.reference.put(aggregator.finish()) if aggregator else {}
+        # FedAvg averages what is left of the replies, and their metrics.
         arrays, metrics = super().aggregate_train(round, kept)
         if arrays is None:
             return None, metrics
-        for reply in _by_node(kept).values():
-            (measured,) = reply.content.metric_records.values()
-            weights.append(measured[self.weighted_by_key])
-        new = {
-            **arrays,
-            **alignment.aggregate(clients, round, torch.tensor(weights, dtype=torch.float64)),
-        }
+        new.update(arrays)
         in_order = dict.fromkeys([*alignment.reference.record, *new])
         return ArrayRecord({key: new[key] for key in in_order if key in new}), metrics
+
+    def _weight(self, reply: Message, who: str) -> float:
+        for measured in reply.content.metric_records.values():
+            weight = measured.get(self.weighted_by_key)
+            if isinstance(weight, int | float):
+                return float(weight)
+        raise ValueError(f"{who}: the reply's metrics have no number {self.weighted_by_key!r}")
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -223,48 +231,49 @@ class _Alignment:
             raise AggregationError("configure_train must come before aggregate_train")
         return self._reference
 
-    def aggregate(
-        self, clients: Mapping[str, ArrayRecord], round: int, weights: Tensor | None = None
-    ) -> dict[str, Array]:
-        # Flower counts rounds from 1, methods count from 0.
-        return self.reference.aggregate(self.method, clients, weights, round=round - 1)
+    def aggregator(self, first: Factors, round: int) -> StreamingAggregator:
+        """For a round; its result has the type of the first client's factors."""
+        dtype = next(iter(first.A.values())).dtype
+        lam, align = self.method.schedule(round - 1)
+        return StreamingAggregator(
+            self.reference.factors(dtype), lam=lam, align=align, proper=self.method.proper
+        )
 
-    def usable(self, replies: Iterable[Message]) -> list[Message]:
-        """All replies, failures too, less those to drop for a value that is not finite."""
-        kept = []
+    def received(self, replies: Iterable[Message]) -> Iterator[tuple[Message, _Upload | None]]:
+        """Every reply with what it holds, ``None`` for one that is an error, less those dropped.
+
+        Raises:
+            ValueError: a client has not one record, or (unless it is dropped) a NaN or infinity.
+        """
         for reply in replies:
-            key = _not_finite(reply)
-            who = f"node {reply.metadata.src_node_id}"
-            if key is None:
-                kept.append(reply)
+            if reply.has_error():
+                yield reply, None
+                continue
+            upload = _Upload.of(reply)
+            if (key := not_finite(upload.values)) is None:
+                yield reply, upload
             elif self.drop:
-                logger.warning("%s is left out: %r holds a NaN or infinity", who, key)
+                logger.warning("%s is left out: %r holds a NaN or infinity", upload.who, key)
             else:
-                raise ValueError(f"{who}: {key!r} holds a NaN or infinity")
-        return kept
+                raise ValueError(f"{upload.who}: {key!r} holds a NaN or infinity")
 
 
-def _by_node(replies: Iterable[Message]) -> dict[str, Message]:
-    """The replies with content, by the name that errors give their node."""
-    return {f"node {r.metadata.src_node_id}": r for r in replies if r.has_content()}
+@dataclass(frozen=True)
+class _Upload:
+    """What one client sent: its name in errors, its only record with its key, decoded."""
 
+    who: str
+    key: str
+    record: ArrayRecord
+    values: Values
 
-def _not_finite(reply: Message) -> str | None:
-    """The first key under which there is a NaN or infinity."""
-    records = reply.content.array_records.values() if reply.has_content() else ()
-    for key, array in (item for record in records for item in record.items()):
-        values = array.numpy()
-        if np.issubdtype(values.dtype, np.inexact) and not np.isfinite(values).all():
-            return key
-    return None
-
-
-def _arrays(who: str, reply: Message) -> tuple[str, ArrayRecord]:
-    records = reply.content.array_records
-    if len(records) != 1:
-        raise ValueError(f"{who}: the reply must hold one ArrayRecord, got {len(records)}")
-    ((key, record),) = records.items()
-    return key, record
+    @classmethod
+    def of(cls, reply: Message) -> _Upload:
+        who, records = f"node {reply.metadata.src_node_id}", reply.content.array_records
+        if len(records) != 1:
+            raise ValueError(f"{who}: the reply must hold one ArrayRecord, got {len(records)}")
+        ((key, record),) = records.items()
+        return cls(who, key, record, decode(record))
 
 
 def _typed_like(given: ArrayRecord, arrays: ArrayRecord) -> ArrayRecord:

@@ -50,6 +50,12 @@ class FedRot(Method):
     def reference(self, server: Server) -> Factors:
         return server.previous if self.lag == 2 and server.previous else server.factors
 
+    def schedule(self, round: int) -> tuple[float, str]:
+        """``lam`` and ``align`` of a round, from 0, as the operator takes them."""
+        if self.align != "alternate":
+            return self.lam, self.align
+        return (0.0 if round == 0 else self.lam), ("A" if round % 2 else "B")
+
     def aggregate(
         self,
         uploads: Sequence[Factors],
@@ -59,10 +65,7 @@ class FedRot(Method):
         round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Factors:
-        lam, align = self.lam, self.align
-        if align == "alternate":
-            lam = 0.0 if round == 0 else lam
-            align = "A" if round % 2 else "B"
+        lam, align = self.schedule(round)
         if self.rotation == "random":
             generator = drawing(generator, round)
             uploads = [regauge(u, generator, proper=self.proper) for u in uploads]
