@@ -146,7 +146,7 @@ class FedRotAggregator(ModelAggregator):
         if self._round is None:
             if round is None and self.align == "alternate":
                 raise ValueError("align=alternate needs current_round in the global model")
-            lam, align = self._method.at(round or 0)
+            lam, align = self._method.schedule(round or 0)
             options = {"lam": lam, "align": align, "proper": self.proper}
             self._round = _Round(self._sent.params, model, {**options, "nonfinite": self.nonfinite})
             if left := self._round.left_out:

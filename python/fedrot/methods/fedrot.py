@@ -50,8 +50,8 @@ class FedRot(Method):
     def reference(self, server: Server) -> Factors:
         return server.previous if self.lag == 2 and server.previous else server.factors
 
-    def at(self, round: int) -> tuple[float, str]:
-        """``lam`` and ``align`` of the operator in a round (from 0)."""
+    def schedule(self, round: int) -> tuple[float, str]:
+        """``lam`` and ``align`` of a round, from 0, as the operator takes them."""
         if self.align != "alternate":
             return self.lam, self.align
         return (0.0 if round == 0 else self.lam), ("A" if round % 2 else "B")
@@ -65,7 +65,7 @@ class FedRot(Method):
         round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Factors:
-        lam, align = self.at(round)
+        lam, align = self.schedule(round)
         if self.rotation == "random":
             generator = drawing(generator, round)
             uploads = [regauge(u, generator, proper=self.proper) for u in uploads]
