@@ -104,14 +104,14 @@ def grouped(
         B = [pad(f.B[module], (0, r - f.B[module].shape[1])) for f in starts]
         lora[module] = GroupedLora(base.get_submodule(module), torch.stack(A), torch.stack(B))
     for name in heads[0]:
-        layer, _, kind = name.rpartition(".")
+        module, _, kind = name.rpartition(".")
         if kind == "weight":
-            bias = f"{layer}.bias"
-            of_heads[layer] = GroupedLinear(
+            bias = f"{module}.bias"
+            of_heads[module] = GroupedLinear(
                 torch.stack([head[name] for head in heads]),
                 torch.stack([head[bias] for head in heads]) if bias in heads[0] else None,
             )
-    layers = {**lora, **of_heads}
+    layers: dict[str, nn.Module] = {**lora, **of_heads}
     plain = {name: base.get_submodule(name) for name in layers}
     try:
         for name, layer in layers.items():
