@@ -236,7 +236,8 @@ def draw(result: dict[str, Any]) -> bytes:
             label="5th to 95th percentile",
         )
         fresh = [row["fresh"] for row in bins]
-        left.plot(clients, fresh, color=PLAIN, label="median, new aggregator in every part")
+        label = "median, new aggregator in every part"
+        left.plot(clients, fresh, color=PLAIN, linewidth=4, label=label)
         left.plot(clients, [row["median"] for row in bins], color=COLORS[0], label="median")
         left.set_ylim(0, 1.5 * max(row["q95"] for row in bins))
         left.set_ylabel("processor time a client, ms")

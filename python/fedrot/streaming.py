@@ -19,7 +19,7 @@ from fedrot_kernels.tables import empty_outputs
 
 # So many clients are summed in float32 (float64 for a float64 reference) before they go into a
 # float64 mean. float32 alone loses digits over 10^6 clients; float64 alone makes every client cost
-# a fifth more (docs/streaming.md).
+# a fifth to a third more (docs/streaming.md).
 BLOCK = 64
 # Weights within a block are relative to its first; one larger by more than this opens a new block.
 RATIO = 2.0**20

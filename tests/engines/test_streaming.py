@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -416,3 +417,11 @@ def test_on_a_gpu():
         aggregator.accept(on(spoiled(uploads[0], "head", torch.nan), "cuda"))
     aggregator.merge(filled(ref, uploads[3:]))
     check(on(aggregator.finish(), "cpu"), inputs)
+
+
+def test_the_example_of_the_page():
+    text = (Path(__file__).parents[2] / "docs" / "streaming.md").read_text(encoding="utf-8")
+    scope: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0], scope)
+    assert scope["aggregator"].weight == 400.0
+    assert scope["factors"].A["q"].shape == (4, 32)
