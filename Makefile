@@ -7,10 +7,10 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench gpu clean
+.PHONY: help install demo test integration check format bench gpu clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 install: $(STAMP)  ## virtual environment in .venv with everything in it
 
@@ -19,6 +19,9 @@ demo: $(STAMP)  ## FedIT and FedRot-LoRA in three settings, a few minutes
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest
+
+integration: $(STAMP)  ## a Flower deployment on loopback, minutes
+	$(BIN)/python -m pytest tests/flower/deployment.py
 
 check: $(STAMP)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
