@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 .PHONY: help install demo test integration check format bench gpu clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 install: $(STAMP)  ## virtual environment in .venv with everything in it
 
@@ -20,8 +20,9 @@ demo: $(STAMP)  ## FedIT and FedRot-LoRA in three settings, a few minutes
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest
 
-integration: $(STAMP)  ## a Flower deployment on loopback, minutes
-	$(BIN)/python -m pytest tests/flower/deployment.py
+integration: $(STAMP)  ## tests that start real deployments
+	$(BIN)/pip install --quiet -c constraints.txt --group integration
+	$(BIN)/python -m pytest -m "" tests/nvflare tests/flower
 
 check: $(STAMP)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -305,7 +305,7 @@ def test_weights_by_another_key(make):
 def test_no_weight():
     strategy = FedRotAvg(weighted_by_key="seen")
     grid = InProcess({1: node(turned(1, 1, EYE)), 2: node(turned(1, 1, EYE))})
-    with pytest.raises(ValueError, match="node [12]: the reply's metrics have no number 'seen'"):
+    with pytest.raises(ValueError, match=r"node [12]: the reply's metrics have no number 'seen'"):
         one_round(strategy, grid, record({A: EYE, B: EYE}))
 
 

@@ -1,7 +1,4 @@
-"""A real deployment of examples/flower on loopback, by `make integration`: minutes, so no test_*.
-
-It starts what a newcomer starts, waits at most a quarter of an hour, and looks for what is left behind.
-"""
+"""A real deployment of examples/flower on loopback: what a newcomer starts, and that it ends."""
 
 from __future__ import annotations
 
@@ -19,8 +16,10 @@ import pytest
 from fedrot.adapters import read_adapter
 from fedrot.adapters.layers import factor_keys
 
+pytestmark = pytest.mark.integration
+
 RUN = Path(__file__).resolve().parents[2] / "examples" / "flower" / "run.py"
-LIMIT = 900
+LIMIT = 900  # dozens of processes that import torch each: two minutes on two idle cores
 
 
 @pytest.fixture
