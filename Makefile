@@ -22,7 +22,7 @@ test: $(STAMP)  ## all tests
 
 integration: $(STAMP)  ## tests that start real deployments
 	$(BIN)/pip install --quiet -c constraints.txt --group integration
-	$(BIN)/python -m pytest -m "" tests/nvflare
+	$(BIN)/python -m pytest -m "" tests/nvflare tests/flower
 
 check: $(STAMP)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

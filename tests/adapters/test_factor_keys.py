@@ -56,8 +56,14 @@ def test_adapters_of_one_model_stay_apart():
 
 
 def test_what_is_no_factor():
-    others = ["q.lora_B.bias", "q.lora_B.default.bias", "q.lora_magnitude_vector", "lora_A.weight"]
-    assert factor_keys(others) == {}
+    bias, magnitude = "q.lora_B{}.bias", "q.lora_magnitude_vector{}"
+    others = [key.format(name) for key in (bias, magnitude) for name in ("", ".default")]
+    assert factor_keys([*others, "q.lora_magnitude_vector.default.weight", "q.weight"]) == {}
+
+
+def test_parts_between_the_factors():
+    with pytest.raises(ValueError, match=r"'q\.lora_E' may forbid to rotate"):
+        factor_keys(["q.lora_A.weight", "q.lora_B.weight", "q.lora_E"])
 
 
 @pytest.mark.parametrize("side, other", ["AB", "BA"])

@@ -1,4 +1,4 @@
-"""examples/flower in this process; `deployment.py` runs it as it is meant to run."""
+"""examples/flower in this process; test_deployment.py runs it as it is meant to run."""
 
 from __future__ import annotations
 

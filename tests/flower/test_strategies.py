@@ -280,6 +280,35 @@ def test_half_precision_is_summed_in_single():
     assert arrays[A] == np.float16(1024.5) and arrays[A].dtype == np.float16
 
 
+@BOTH
+def test_clients_of_several_types(make):
+    """The result has the first one's, as from FedAvg."""
+    wide = {key: 4 * EYE.astype(np.float64) for key in (A, B)}
+    grid = InProcess({1: node(turned(2, 2, QUARTER)), 2: node(lambda _: wide)})
+    messages = list(make().configure_train(1, record({A: EYE, B: EYE}), ConfigRecord(), grid))
+    for order in (messages, messages[::-1]):
+        strategy = make(lam=1.0)
+        strategy.configure_train(1, record({A: EYE, B: EYE}), ConfigRecord(), grid)
+        arrays, _ = strategy.aggregate_train(1, grid.send_and_receive(order))
+        np.testing.assert_allclose(values(arrays)[A], 3 * EYE, atol=1e-6)
+
+
+@BOTH
+def test_weights_by_another_key(make):
+    keys = {"weighted_by_key": "loss"}  # as large as the number of examples
+    strategy = FedRotAvg(lam=1.0, **keys) if make is FedRotAvg else FedRot(FedAvg(**keys), lam=1.0)
+    grid = InProcess({1: node(turned(2, 1, QUARTER)), 2: node(turned(4, 4, EYE), 3)})
+    arrays, _ = one_round(strategy, grid, record({A: EYE, B: EYE}))
+    np.testing.assert_allclose(arrays[A], 3.5 * EYE, atol=1e-6)
+
+
+def test_no_weight():
+    strategy = FedRotAvg(weighted_by_key="seen")
+    grid = InProcess({1: node(turned(1, 1, EYE)), 2: node(turned(1, 1, EYE))})
+    with pytest.raises(ValueError, match=r"node [12]: the reply's metrics have no number 'seen'"):
+        one_round(strategy, grid, record({A: EYE, B: EYE}))
+
+
 def test_interrupted_and_continued():
     """The strategy inside as pickled after two rounds, and `rounds_done`: the same to the bit."""
     start, clients = draw(1, [4, 4])

@@ -232,13 +232,16 @@ def factor_keys(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
     sorted by name.
 
     Raises:
-        ValueError: a layer has one factor without the other.
+        ValueError: a layer has one factor without the other, or parts that may forbid to rotate
+            its factors, as the diagonal that AdaLoRA puts between them.
     """
     found: dict[str, dict[str, str]] = {}
     for key in sorted(keys):
         if factor := factor_of(key):
             layer, side = factor
             found.setdefault(layer, {})[side] = key
+        elif _LORA_PART.search(key) and not _BESIDE_FACTORS.fullmatch(key):
+            raise ValueError(f"{key!r} may forbid to rotate the factors of its layer")
     for sides in found.values():
         for side, other in ("AB", "BA"):
             if side not in sides:
@@ -254,3 +257,7 @@ def factor_of(key: str) -> tuple[str, str] | None:
     name, side, adapter = match.groups()
     suffix = f" ({adapter})" if adapter and adapter != "default" else ""
     return _layer_name(name) + suffix, side
+
+
+# What may stand beside the factors: `lora_bias`, and the magnitudes of DoRA.
+_BESIDE_FACTORS = re.compile(r".+\.lora_(B(\.[^.]+)?\.bias|magnitude_vector(\..+)?)")
