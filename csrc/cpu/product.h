@@ -90,24 +90,44 @@ inline void product_rows(int rows, int terms, const Term<Acc, T>* term, std::int
       product_rows<P / 2, Q, whole, unit>(rows, terms, term, row, col, tail, into, C, c_row, ahead);
 }
 
+// Rows of a tile that is two vectors wide, and of one that is a vector wide: enough independent
+// sums to hide the latency of a multiply-add, few enough for the registers.
+constexpr int wide_rows = vector_bytes == 64 ? 8 : 6, narrow_rows = vector_bytes == 64 ? 16 : 8;
+
 // C (rows, cols; rows c_row apart) <- sum over terms of X Y. Nothing beyond the columns given is
 // read or written.
 template <bool unit, class Acc, class T>
 inline void product(int rows, int cols, int terms, const Term<Acc, T>* term, Into into, Acc* C,
                     std::int64_t c_row, Ahead& ahead) {
-  // Enough independent sums to hide the latency of a multiply-add, few enough for the registers.
-  constexpr int wide = vector_bytes == 64 ? 8 : 6, narrow = vector_bytes == 64 ? 16 : 8;
   constexpr int width = lanes<Acc>;
   int col = 0;
   for (; col + 2 * width <= cols; col += 2 * width)
-    product_rows<wide, 2, true, unit>(rows, terms, term, 0, col, width, into, C, c_row, ahead);
+    product_rows<wide_rows, 2, true, unit>(rows, terms, term, 0, col, width, into, C, c_row, ahead);
   const int rest = cols - col, tail = rest % width;
   if (rest > width)
-    product_rows<wide, 2, false, unit>(rows, terms, term, 0, col, tail, into, C, c_row, ahead);
+    product_rows<wide_rows, 2, false, unit>(rows, terms, term, 0, col, tail, into, C, c_row, ahead);
   else if (rest == width)
-    product_rows<narrow, 1, true, unit>(rows, terms, term, 0, col, width, into, C, c_row, ahead);
+    product_rows<narrow_rows, 1, true, unit>(rows, terms, term, 0, col, width, into, C, c_row,
+                                             ahead);
   else if (rest > 0)
-    product_rows<narrow, 1, false, unit>(rows, terms, term, 0, col, tail, into, C, c_row, ahead);
+    product_rows<narrow_rows, 1, false, unit>(rows, terms, term, 0, col, tail, into, C, c_row,
+                                              ahead);
+}
+
+// C (n, n) += X X^T on and below the diagonal, for X (n, inner) at X[t * n + p] and n a multiple of
+// the vector length: every `step`-th pair of vectors of columns from the first-th on.
+template <class Acc>
+inline void product_lower(int n, int inner, const Acc* X, int first, int step, Acc* C,
+                          Ahead& ahead) {
+  constexpr int width = lanes<Acc>;
+  const Term<Acc> term{X, 1, n, X, n, inner};
+  for (int col = 2 * width * first; col < n; col += 2 * width * step)
+    if (n - col >= 2 * width)
+      product_rows<wide_rows, 2, true, true>(n, 1, &term, col, col, width, Into::added, C, n,
+                                             ahead);
+    else
+      product_rows<narrow_rows, 1, true, true>(n, 1, &term, col, col, width, Into::added, C, n,
+                                               ahead);
 }
 
 }  // namespace FEDROT_ISA

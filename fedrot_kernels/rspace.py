@@ -1,0 +1,455 @@
+"""Aggregation rules that iterate, on Gram blocks alone: no pass over the factors but one to make the
+blocks (``fedrot::gram``) and one to average with what was found (``fedrot::combine``).
+
+With all clients side by side, ``stack(B) = [B_1 .. B_N]`` ``(d, S)`` and ``stack(A)`` ``(S, k)``,
+``S = N r``, every average is ``B = stack(B) U_B`` and ``A = U_A^T stack(A)`` for some ``U (S, r)``;
+rotations are ``U_A = U_B = [w_1 R_1; ..; w_N R_N]``. The exact average is
+``D = stack(B) W stack(A)``, ``W = diag(w_i)``, and the squared aggregation error
+
+    |D - B A|^2 = |D|^2 - 2 <U_B, G_B W G_A U_A> + <U_B^T G_B U_B, U_A^T G_A U_A>
+
+needs ``G_A = stack(A) stack(A)^T`` and ``G_B = stack(B)^T stack(B)`` only. Layers of one rank are
+worked on as one batch. A client of smaller rank is one padded with zeros: rows of its ``R`` beyond
+its rank mean nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedrot_kernels.ops import ALIGN_MODES, check, check_weight_values
+
+ALIGN = (*ALIGN_MODES, "gpa", "optimal")
+"""What :func:`rotations` can fit rotations to."""
+
+BYTES = 256 << 20  # of Gram blocks at a time
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The Gram blocks of ``L`` layers of rank ``r``, ``N`` clients, and their weights.
+
+    float32, or float64 where any factor is.
+    """
+
+    A: Tensor  # (L, S, S): A_i A_j^T
+    B: Tensor  # (L, S, S): B_i^T B_j
+    ref_A: Tensor  # (L, N, r, r): A_i A_ref^T
+    ref_B: Tensor  # (L, N, r, r): B_i^T B_ref
+    norms: Tensor  # (L, 2): |A_ref|^2, |B_ref|^2
+    weights: Tensor  # (N,), sum 1
+
+    @staticmethod
+    def of(
+        lora_A: Sequence[Tensor],
+        lora_B: Sequence[Tensor],
+        ref_A: Sequence[Tensor],
+        ref_B: Sequence[Tensor],
+        weights: Tensor | None = None,
+    ) -> Blocks:
+        """From factors, arguments as for :func:`fedrot_kernels.align_aggregate`; every layer has
+        the same rank in the reference.
+
+        Raises:
+            ValueError, TypeError: as ``align_aggregate``, or layers differ in rank.
+        """
+        ranks = {A.shape[0] for A in ref_A}
+        if len(ranks) > 1:
+            raise ValueError(f"layers must have one rank, got {sorted(ranks)}")
+        gram_A, gram_B = torch.ops.fedrot.gram(lora_A, lora_B, ref_A, ref_B)
+        (r,) = ranks
+        size = gram_A.shape[-1] - r
+        values = check_weight_values(weights, size // r)
+        shape = (len(ref_A), size // r, r, r)
+        norms = [G[:, size:, size:].diagonal(dim1=1, dim2=2).sum(1) for G in (gram_A, gram_B)]
+        return Blocks(
+            gram_A[:, :size, :size],
+            gram_B[:, :size, :size],
+            gram_A[:, :size, size:].reshape(shape),
+            gram_B[:, :size, size:].reshape(shape),
+            torch.stack(norms, 1),
+            torch.tensor(values, dtype=gram_A.dtype, device=gram_A.device),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(L, N, r)``."""
+        layers, clients, r, _ = self.ref_A.shape
+        return layers, clients, r
+
+    def stacked(self, R: Tensor) -> Tensor:
+        """``U`` ``(L, S, r)`` of rotations ``(L, N, r, r)``: ``w_i R_i``, one below the other."""
+        return (self.weights[:, None, None] * R).flatten(1, 2)
+
+    def weighted(self, U: Tensor) -> Tensor:
+        """``W U`` for ``U (L, S, ...)``."""
+        layers, clients, r = self.shape
+        return (self.weights[:, None] * U.reshape(layers, clients, -1)).view(U.shape)
+
+    def cross(self, align: str) -> Tensor:
+        """``M`` ``(L, N, r, r)`` of every client with the reference."""
+        if align == "joint":
+            return self.ref_A + self.ref_B
+        return self.ref_A if align == "A" else self.ref_B
+
+    def norm_square(self) -> Tensor:
+        """``|D|^2`` ``(L,)`` of the exact average."""
+        layers, clients, r = self.shape
+        blocks = (self.A * self.B).view(layers, clients, r, clients, r).sum((2, 4))
+        return ((blocks @ self.weights) * self.weights).sum(1)
+
+    def error_square(self, R: Tensor) -> Tensor:
+        """``|D - B A|^2`` ``(L,)`` of the average with rotations ``R`` ``(L, N, r, r)``, in
+        float64; small errors are off by the rounding of the blocks, ``eps |D|^2``."""
+        wide = Blocks(*(getattr(self, name).double() for name in self.__dataclass_fields__))
+        return (wide.norm_square() + _Point(wide, R.double()).excess).clamp_min(0)
+
+    def bound_square(self) -> Tensor:
+        """The least ``|D - B A|^2`` ``(L,)`` that any ``A``, ``B`` of rank ``r`` can have: that of
+        the exact truncation, in float64."""
+        _, _, r = self.shape
+        return _spectrum(self)[0][:, r:].sum(1)
+
+
+class _Point:
+    """Rotations, and the error there: ``excess`` is ``|D - B A|^2 - |D|^2``."""
+
+    def __init__(self, blocks: Blocks, R: Tensor) -> None:
+        self.blocks, self.R = blocks, R
+        self.U = blocks.stacked(R)
+        self.X, self.Y = blocks.A @ self.U, blocks.B @ self.U
+        self.P, self.Q = self.U.mT @ self.Y, self.U.mT @ self.X  # B^T B, A A^T
+        self.excess = (self.P * self.Q).sum((1, 2)) - 2 * (self.Y * blocks.weighted(self.X)).sum(
+            (1, 2)
+        )
+
+    def slope(self) -> Tensor:
+        """Derivative of half the error by ``U``, its part along the rotations: ``R_i`` times a
+        skew matrix each. One client's weight is left out, so that all turn at one pace."""
+        blocks = self.blocks
+        pull = blocks.B @ blocks.weighted(self.X) + blocks.A @ blocks.weighted(self.Y)
+        G = (self.Y @ self.Q + self.X @ self.P - pull).view(self.R.shape)
+        inner = self.R.mT @ G
+        return self.R @ (inner - inner.mT) / 2
+
+
+def procrustes(blocks: Blocks, align: str = "joint", *, proper: bool = True) -> Tensor:
+    """``R*`` ``(L, N, r, r)`` of every client toward the reference: what
+    :func:`fedrot_kernels.align` gives at ``lam = 1``."""
+    return torch.ops.fedrot.polar(blocks.cross(align).contiguous(), proper=proper)
+
+
+def gpa(
+    blocks: Blocks, *, proper: bool = True, iterations: int = 5, tolerance: float = 1e-4
+) -> Tensor:
+    """Generalised Procrustes analysis: every client toward the weighted mean of the aligned ones.
+
+    Maximises ``f = sum_ij w_i w_j <R_i, K_ij R_j>``, ``K_ij = B_i^T B_j + A_i A_j^T``, over
+    ``i != j`` (the terms ``i = j`` are the same for all rotations), which is the mean agreement of
+    all pairs. Starts from the alignment to the reference, never decreases ``f``, and ends when it
+    grows by less than ``tolerance`` of itself in every layer. The mean is then turned to the
+    reference as a whole: that changes no product, and keeps the basis from round to round.
+
+    A step aligns all clients at once to the mean of the *others*. Where that lowers ``f`` (two
+    clients swap places), the layer steps to the mean of all instead, which cannot, since the matrix
+    of all ``K_ij`` is positive semi-definite.
+
+    Source: Gower, Psychometrika 1975; ten Berge, Psychometrika 1977.
+    """
+    layers, clients, r = blocks.shape
+    K = blocks.A + blocks.B
+    diagonal = K.view(layers, clients, r, clients, r).diagonal(dim1=1, dim2=3)  # (L, r, r, N)
+    own = diagonal.permute(0, 3, 1, 2).clone()
+    diagonal.zero_()
+
+    def toward(R: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of the others as every client sees it, and ``f``."""
+        U = blocks.stacked(R)
+        M = K @ U
+        return M.view(R.shape), (U * M).sum((1, 2))
+
+    R = procrustes(blocks, proper=proper)
+    M, f = toward(R)
+    for _ in range(iterations):
+        new = torch.ops.fedrot.polar(M, proper=proper)
+        new_M, new_f = toward(new)
+        worse = new_f < f
+        if bool(worse.any()):
+            with_own = M + blocks.weights[:, None, None] * (own @ R)
+            safe = torch.ops.fedrot.polar(with_own, proper=proper)
+            new = torch.where(worse[:, None, None, None], safe, new)
+            new_M, new_f = toward(new)
+        done = bool((new_f - f <= tolerance * new_f.abs()).all())
+        # What rounding alone has lowered stays as it was.
+        better = (new_f >= f)[:, None, None, None]
+        R, M, f = torch.where(better, new, R), torch.where(better, new_M, M), new_f.maximum(f)
+        if done:
+            break
+    return to_reference(blocks, R, proper=proper)
+
+
+def optimal(
+    blocks: Blocks,
+    *,
+    proper: bool = True,
+    iterations: int = 20,
+    tolerance: float = 1e-3,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Rotations that minimise the aggregation error ``|D - B A|`` itself, a local minimum.
+
+    Riemannian gradient descent with the polar factor as retraction and the step lengths of
+    Barzilai and Borwein (IMA J. Numer. Anal. 1988), shortened until the error falls: it falls in
+    every step, so the result is never worse than ``start``, by default :func:`gpa`. Ends when all
+    layers' squared error falls by less than ``tolerance`` of itself. Turned to the reference as a
+    whole, as in :func:`gpa`.
+    """
+    R = gpa(blocks, proper=proper) if start is None else start
+    at = _Point(blocks, R)
+    norm, slope = blocks.norm_square(), at.slope()
+    # First step: to the minimum of a parabola whose curvature is that of |B A|^2 at most.
+    size = blocks.weights.square().sum() * (
+        _norm(blocks.A) * _norm(at.P) + _norm(blocks.B) * _norm(at.Q)
+    )
+    step = 1 / size.clamp_min(torch.finfo(size.dtype).tiny)
+    for count in range(iterations):
+        new, step = _descend(at, slope, step, proper)
+        change, new_slope = new.R - at.R, new.slope()
+        turn = new_slope - slope
+        cc, ct, tt = (
+            (a * b).sum((1, 2, 3)) for a, b in ((change, change), (change, turn), (turn, turn))
+        )
+        ratio = (cc / ct.abs()) if count % 2 else (ct.abs() / tt)
+        step = torch.where(ratio.isfinite() & (ratio > 0), ratio, step)
+        fallen = at.excess - new.excess
+        done = bool((fallen <= tolerance * (norm + at.excess)).all())
+        at, slope = new, new_slope
+        if done:
+            break
+    return to_reference(blocks, at.R, proper=proper)
+
+
+def _norm(G: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(G)
+
+
+def _descend(at: _Point, slope: Tensor, step: Tensor, proper: bool) -> tuple[_Point, Tensor]:
+    """The next point, with an error no larger, and the steps that led there."""
+    blocks = at.blocks
+    for _ in range(20):
+        moved = at.R - step[:, None, None, None] * slope
+        new = _Point(blocks, torch.ops.fedrot.polar(moved, proper=proper))
+        worse = ~(new.excess <= at.excess)
+        if not bool(worse.any()):
+            return new, step
+        step = torch.where(worse, step / 4, step)
+    R = torch.where(worse[:, None, None, None], at.R, new.R)
+    return _Point(blocks, R), step
+
+
+def to_reference(blocks: Blocks, R: Tensor, *, proper: bool = True) -> Tensor:
+    """``R_i Q`` with the one ``Q`` per layer that turns the average toward the reference."""
+    mean = (blocks.weights[:, None, None] * (R.mT @ blocks.cross("joint"))).sum(1)
+    return R @ torch.ops.fedrot.polar(mean, proper=proper)[:, None]
+
+
+def soften(R: Tensor, lam: float | Tensor, *, proper: bool = True) -> Tensor:
+    """``polar((1 - lam) I + lam R)`` of rotations ``(..., r, r)``; ``lam`` broadcasts against
+    them."""
+    if isinstance(lam, float) and lam == 1.0:
+        return R
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    return torch.ops.fedrot.polar((1 - lam) * eye + lam * R, proper=proper)
+
+
+def auto_lam(blocks: Blocks, R: Tensor, *, proper: bool = True) -> Tensor:
+    """``lam`` ``(L,)`` in [0, 1], to 0.01, that minimises the aggregation error of
+    ``soften(R, lam)`` in each layer: the best of 11, and of 19 around it. 0 and 1 are among
+    them, so neither is better."""
+    grid = torch.linspace(0, 1, 11, dtype=R.dtype, device=R.device).expand(len(R), -1)
+    best = _best_lam(blocks, R, grid, proper)
+    near = torch.linspace(-0.09, 0.09, 19, dtype=R.dtype, device=R.device)
+    around = (best[:, None] + near).clamp(0, 1)
+    return _best_lam(blocks, R, torch.cat([best[:, None], around], 1), proper)
+
+
+def _best_lam(blocks: Blocks, R: Tensor, grid: Tensor, proper: bool) -> Tensor:
+    """Of ``grid`` ``(L, C)`` the one of least error in each layer, the first of equals."""
+    candidates = soften(R[:, None], grid[:, :, None, None, None], proper=proper)
+    # Exactly the ends: polar() would round them.
+    ends = grid[:, :, None, None, None]
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    candidates = torch.where(ends == 1, R[:, None], torch.where(ends == 0, eye, candidates))
+    layers, clients, r = blocks.shape
+    # Candidates side by side: two products for all of them.
+    U = (
+        (blocks.weights[:, None, None] * candidates)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(layers, clients * r, -1)
+    )
+    X, Y = blocks.A @ U, blocks.B @ U
+    split = (layers, clients * r, grid.shape[1], r)
+    pull = (Y * blocks.weighted(X)).view(split).sum((1, 3))
+    U, X, Y = (t.view(split).transpose(1, 2) for t in (U, X, Y))
+    excess = ((U.mT @ Y) * (U.mT @ X)).sum((2, 3)) - 2 * pull
+    return grid.gather(1, excess.argmin(1, keepdim=True)).squeeze(1)
+
+
+def shifted(blocks: Blocks, eps: float, align: str = "joint", *, proper: bool = True) -> Tensor:
+    """``polar(M + eps |M| I)`` with Frobenius' norm: turns where the evidence is strong, and stays
+    where it is weak; no soft rotation, and ``eps`` in its place."""
+    M = blocks.cross(align)
+    eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    moved = M + eps * torch.linalg.matrix_norm(M)[..., None, None] * eye
+    return torch.ops.fedrot.polar(moved, proper=proper)
+
+
+def rotations(
+    blocks: Blocks, *, align: str = "optimal", lam: float | str = 1.0, proper: bool = True
+) -> Tensor:
+    """The rotations ``(L, N, r, r)`` to average with: ``R*`` of ``align``, softened by ``lam``.
+
+    Raises:
+        ValueError: ``align`` is not of ``ALIGN``, or ``lam`` neither in [0, 1] nor ``"auto"``.
+    """
+    check_options(align, lam)
+    if align in ALIGN_MODES:
+        R = procrustes(blocks, align, proper=proper)
+    else:
+        R = (gpa if align == "gpa" else optimal)(blocks, proper=proper)
+    if isinstance(lam, str):
+        chosen = auto_lam(blocks, R, proper=proper)[:, None, None, None]
+        soft = soften(R, chosen, proper=proper)
+        return torch.where(chosen == 1, R, soft)
+    return soften(R, float(lam), proper=proper)
+
+
+def check_options(align: str, lam: float | str) -> None:
+    """Raise ValueError unless ``align`` is of ``ALIGN`` and ``lam`` in [0, 1] or ``"auto"``."""
+    if align not in ALIGN:
+        raise ValueError(f"align must be one of {', '.join(ALIGN)}, got {align!r}")
+    if lam != "auto" and (isinstance(lam, str) or not 0.0 <= lam <= 1.0):
+        raise ValueError(f"lam must lie in [0, 1] or be 'auto', got {lam!r}")
+
+
+def truncation(blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """``(U_A, U_B)`` ``(L, S, r)`` of the best rank-r approximation of ``D`` (FlexLoRA,
+    arXiv 2402.11505) in the reference's gauge: of all pairs ``B T``, ``T^-1 A`` with
+    ``T = c Q``, ``Q`` orthogonal, from balanced factors, the one nearest to the reference in
+    direction and with its ratio of norms.
+    """
+    layers, clients, r = blocks.shape
+    wide = Blocks(*(getattr(blocks, name).double() for name in blocks.__dataclass_fields__))
+    squares, F, vectors = _spectrum(wide)
+    sizes = squares[:, :r].sqrt()  # singular values
+    # Left singular vectors stack(B) .. ; A = sqrt(S) V^T = S^-1/2 u^T F^T W stack(A).
+    top = vectors[:, :, :r] * _inverse(sizes.sqrt())[:, None]
+    U_A = wide.weighted(F @ top)
+    # B: least squares for this A, which no error of A's can make worse.
+    G = U_A.mT @ wide.A @ U_A
+    U_B = wide.weighted(wide.A @ U_A) @ torch.linalg.pinv(G, hermitian=True)
+    Q = torch.ops.fedrot.polar(
+        U_A.mT @ wide.ref_A.flatten(1, 2) + U_B.mT @ wide.ref_B.flatten(1, 2)
+    )
+    own = sizes.sum(1)  # |A|^2 = |B|^2
+    c = (wide.norms[:, 1] / wide.norms[:, 0]).sqrt()  # |B_ref| / |A_ref|
+    usable = c.isfinite() & (c > 0) & (own > 0)
+    c = torch.where(usable, c, 1.0).sqrt()[:, None, None]
+    return (U_A @ Q / c).to(blocks.A.dtype), (U_B @ Q * c).to(blocks.A.dtype)
+
+
+def _spectrum(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared singular values of ``D`` ``(L, S)``, descending; ``F`` ``(L, S, S)`` with
+    ``G_B = F F^T``; eigenvectors ``(L, S, S)`` of ``F^T W G_A W F``. In float64."""
+    values, V = torch.linalg.eigh(blocks.B.double())
+    F = V * values.clamp_min(0).sqrt()[:, None]
+    w = blocks.weights.double().repeat_interleave(blocks.ref_A.shape[-1])
+    squares, vectors = torch.linalg.eigh(F.mT @ (w[:, None] * blocks.A.double() * w) @ F)
+    return squares.flip(1).clamp_min(0), F, vectors.flip(2)
+
+
+def _inverse(t: Tensor) -> Tensor:
+    """``1 / t``, zero where ``t`` is lost in rounding against the first."""
+    kept = t > torch.finfo(t.dtype).eps ** 0.5 * t[:, :1]
+    return torch.where(kept, 1 / t, 0.0)
+
+
+Solver = Callable[[Blocks], tuple[Tensor, Tensor]]
+
+
+def aggregate(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    ref_A: Sequence[Tensor],
+    ref_B: Sequence[Tensor],
+    weights: Tensor | None = None,
+    *,
+    align: str = "optimal",
+    lam: float | str = 1.0,
+    proper: bool = True,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """:func:`fedrot_kernels.align_aggregate` with rotations found in r-space.
+
+    Args:
+        lora_A, lora_B, ref_A, ref_B, weights, proper: as for ``align_aggregate``.
+        align: ``"gpa"`` (:func:`gpa`) and ``"optimal"`` (:func:`optimal`), which the reference
+            gives a start and a gauge only; or ``"joint"``, ``"A"``, ``"B"``.
+        lam: in [0, 1], or ``"auto"``: in each layer the one of least aggregation error.
+
+    Returns:
+        ``(A, B)`` as ``align_aggregate``.
+
+    Raises:
+        ValueError, TypeError: as ``align_aggregate``.
+    """
+    check_options(align, lam)
+
+    def solve(blocks: Blocks) -> tuple[Tensor, Tensor]:
+        U = blocks.stacked(rotations(blocks, align=align, lam=lam, proper=proper))
+        return U, U
+
+    return combined(lora_A, lora_B, ref_A, ref_B, weights, solve)
+
+
+def combined(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    ref_A: Sequence[Tensor],
+    ref_B: Sequence[Tensor],
+    weights: Tensor | None,
+    solve: Solver,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``A = U_A^T stack(A)``, ``B = stack(B) U_B`` of every layer with what ``solve`` finds."""
+    layers = len(ref_A)
+    if layers == 0 or len(ref_B) != layers or len(lora_A) % layers or len(lora_A) != len(lora_B):
+        check(lora_A, lora_B, ref_A, ref_B, weights, 1.0, "joint")
+    A, B = list(ref_A), list(ref_B)  # replaced below
+    clients = len(lora_A) // layers
+    for batch in _batches(ref_A, clients):
+        part = [list(t) for t in (lora_A, lora_B, ref_A, ref_B)]
+        if len(batch) < layers:
+            part = [
+                [t[i + layer] for i in range(0, len(t), layers) for layer in batch] for t in part
+            ]
+        blocks = Blocks.of(*part, weights)
+        _, _, r = blocks.shape
+        mixes = (U.reshape(len(batch), clients, r, r) for U in solve(blocks))
+        some_A, some_B = torch.ops.fedrot.combine(*part, *mixes)
+        for layer, layer_A, layer_B in zip(batch, some_A, some_B, strict=True):
+            A[layer], B[layer] = layer_A, layer_B
+    return A, B
+
+
+def _batches(ref_A: Sequence[Tensor], clients: int) -> Iterator[list[int]]:
+    """Layers of one rank, so many that their blocks take ``BYTES``."""
+    by_rank: dict[int, list[int]] = {}
+    for layer, A in enumerate(ref_A):
+        by_rank.setdefault(A.shape[0] if A.dim() == 2 else 0, []).append(layer)
+    for r, chosen in by_rank.items():
+        size = max(1, BYTES // (2 * 4 * max(1, (clients + 1) * r) ** 2))
+        for first in range(0, len(chosen), size):
+            yield chosen[first : first + size]
