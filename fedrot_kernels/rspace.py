@@ -1,5 +1,5 @@
-"""Aggregation rules that iterate, on Gram blocks alone: no pass over the factors but one to make the
-blocks (``fedrot::gram``) and one to average with what was found (``fedrot::combine``).
+"""Aggregation rules that iterate, on Gram blocks alone: no pass over the factors but one to make
+the blocks (``fedrot::gram``) and one to average with what was found (``fedrot::combine``).
 
 With all clients side by side, ``stack(B) = [B_1 .. B_N]`` ``(d, S)`` and ``stack(A)`` ``(S, k)``,
 ``S = N r``, every average is ``B = stack(B) U_B`` and ``A = U_A^T stack(A)`` for some ``U (S, r)``;
@@ -87,7 +87,7 @@ class Blocks:
 
     def weighted(self, U: Tensor) -> Tensor:
         """``W U`` for ``U (L, S, ...)``."""
-        layers, clients, r = self.shape
+        layers, clients, _ = self.shape
         return (self.weights[:, None] * U.reshape(layers, clients, -1)).view(U.shape)
 
     def cross(self, align: str) -> Tensor:
@@ -329,11 +329,19 @@ def rotations(
 
 
 def check_options(align: str, lam: float | str) -> None:
-    """Raise ValueError unless ``align`` is of ``ALIGN`` and ``lam`` in [0, 1] or ``"auto"``."""
+    """Raise ValueError unless ``align`` is of ``ALIGN`` and ``lam`` as :func:`check_lam` wants."""
     if align not in ALIGN:
         raise ValueError(f"align must be one of {', '.join(ALIGN)}, got {align!r}")
-    if lam != "auto" and (isinstance(lam, str) or not 0.0 <= lam <= 1.0):
-        raise ValueError(f"lam must lie in [0, 1] or be 'auto', got {lam!r}")
+    check_lam(lam)
+
+
+def check_lam(lam: float | str) -> None:
+    """Raise ValueError unless ``lam`` is in [0, 1] or ``"auto"``."""
+    if isinstance(lam, str):
+        if lam != "auto":
+            raise ValueError(f"lam must be a number or auto, got {lam!r}")
+    elif not 0.0 <= lam <= 1.0:
+        raise ValueError(f"lam must lie in [0, 1], got {lam}")
 
 
 def truncation(blocks: Blocks) -> tuple[Tensor, Tensor]:
@@ -342,7 +350,7 @@ def truncation(blocks: Blocks) -> tuple[Tensor, Tensor]:
     ``T = c Q``, ``Q`` orthogonal, from balanced factors, the one nearest to the reference in
     direction and with its ratio of norms.
     """
-    layers, clients, r = blocks.shape
+    _, _, r = blocks.shape
     wide = Blocks(*(getattr(blocks, name).double() for name in blocks.__dataclass_fields__))
     squares, F, vectors = _spectrum(wide)
     sizes = squares[:, :r].sqrt()  # singular values
@@ -435,7 +443,7 @@ def combined(
             part = [
                 [t[i + layer] for i in range(0, len(t), layers) for layer in batch] for t in part
             ]
-        blocks = Blocks.of(*part, weights)
+        blocks = Blocks.of(part[0], part[1], part[2], part[3], weights)
         _, _, r = blocks.shape
         mixes = (U.reshape(len(batch), clients, r, r) for U in solve(blocks))
         some_A, some_B = torch.ops.fedrot.combine(*part, *mixes)

@@ -12,6 +12,7 @@ from fedrot.adapters.merge import Uploads, delta
 from fedrot.factors import Factors
 from fedrot.methods import FedIT, FedRot
 from fedrot.metrics import aggregation_error, rotation_angles, total
+from fedrot_kernels import ALIGN_MODES
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,12 @@ def measure(uploads: Uploads, method: FedRot, aligned: Factors | None = None) ->
     plain = FedIT().aggregate(uploads.clients, uploads.reference, uploads.weights)
     scaled = [delta(client, uploads.scalings) for client in uploads.clients]
     return Misalignment(
-        rotation_angles(uploads.clients, uploads.reference, method.align, method.proper),
+        rotation_angles(
+            uploads.clients,
+            uploads.reference,
+            method.align if method.align in ALIGN_MODES else "joint",
+            method.proper,
+        ),
         _errors(scaled, plain, uploads),
         _errors(scaled, aligned, uploads),
         _errors(scaled, _zeros(uploads.reference), uploads),
