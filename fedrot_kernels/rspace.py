@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedrot_kernels.ops import ALIGN_MODES, check, check_weight_values
+from fedrot_kernels.ops import ALIGN_MODES, check, check_weight_values, check_weights
 
 ALIGN = (*ALIGN_MODES, "gpa", "optimal")
 """What :func:`rotations` can fit rotations to."""
@@ -63,6 +63,7 @@ class Blocks:
         gram_A, gram_B = torch.ops.fedrot.gram(lora_A, lora_B, ref_A, ref_B)
         (r,) = ranks
         size = gram_A.shape[-1] - r
+        check_weights(weights, size // r, gram_A.device)
         values = check_weight_values(weights, size // r)
         shape = (len(ref_A), size // r, r, r)
         norms = [G[:, size:, size:].diagonal(dim1=1, dim2=2).sum(1) for G in (gram_A, gram_B)]
@@ -96,11 +97,15 @@ class Blocks:
             return self.ref_A + self.ref_B
         return self.ref_A if align == "A" else self.ref_B
 
+    def pair_sum(self, t: Tensor) -> Tensor:
+        """``sum_ij w_i w_j`` times the sum of block ``i, j`` of ``t`` ``(L, S, S)``."""
+        layers, clients, r = self.shape
+        blocks = t.reshape(layers, clients, r, clients, r).sum((2, 4))
+        return ((blocks @ self.weights) * self.weights).sum(1)
+
     def norm_square(self) -> Tensor:
         """``|D|^2`` ``(L,)`` of the exact average."""
-        layers, clients, r = self.shape
-        blocks = (self.A * self.B).view(layers, clients, r, clients, r).sum((2, 4))
-        return ((blocks @ self.weights) * self.weights).sum(1)
+        return self.pair_sum(self.A * self.B)
 
     def error_square(self, R: Tensor) -> Tensor:
         """``|D - B A|^2`` ``(L,)`` of the average with rotations ``R`` ``(L, N, r, r)``, in
@@ -128,8 +133,8 @@ class _Point:
         )
 
     def slope(self) -> Tensor:
-        """Derivative of half the error by ``U``, its part along the rotations: ``R_i`` times a
-        skew matrix each. One client's weight is left out, so that all turn at one pace."""
+        """Gradient of half the error along the rotations, ``R_i`` times a skew matrix each, for the
+        inner product ``sum_i w_i <X_i, Y_i>``, in which light clients turn as fast as heavy."""
         blocks = self.blocks
         pull = blocks.B @ blocks.weighted(self.X) + blocks.A @ blocks.weighted(self.Y)
         G = (self.Y @ self.Q + self.X @ self.P - pull).view(self.R.shape)
@@ -150,9 +155,9 @@ def gpa(
 
     Maximises ``f = sum_ij w_i w_j <R_i, K_ij R_j>``, ``K_ij = B_i^T B_j + A_i A_j^T``, over
     ``i != j`` (the terms ``i = j`` are the same for all rotations), which is the mean agreement of
-    all pairs. Starts from the alignment to the reference, never decreases ``f``, and ends when it
-    grows by less than ``tolerance`` of itself in every layer. The mean is then turned to the
-    reference as a whole: that changes no product, and keeps the basis from round to round.
+    all pairs. Starts from the alignment to the reference, never decreases ``f``, and leaves a layer
+    when it grows by less than ``tolerance`` of itself. The mean is then turned to the reference as
+    a whole: that changes no product, and keeps the basis from round to round.
 
     A step aligns all clients at once to the mean of the *others*. Where that lowers ``f`` (two
     clients swap places), the layer steps to the mean of all instead, which cannot, since the matrix
@@ -172,24 +177,43 @@ def gpa(
         M = K @ U
         return M.view(R.shape), (U * M).sum((1, 2))
 
-    R = procrustes(blocks, proper=proper)
+    R = _start(blocks, K, own, proper)
     M, f = toward(R)
+    active = torch.ones_like(f, dtype=torch.bool)
     for _ in range(iterations):
         new = torch.ops.fedrot.polar(M, proper=proper)
         new_M, new_f = toward(new)
-        worse = new_f < f
+        worse = active & (new_f < f)
         if bool(worse.any()):
             with_own = M + blocks.weights[:, None, None] * (own @ R)
             safe = torch.ops.fedrot.polar(with_own, proper=proper)
-            new = torch.where(worse[:, None, None, None], safe, new)
+            new = torch.where(_each(worse), safe, new)
             new_M, new_f = toward(new)
-        done = bool((new_f - f <= tolerance * new_f.abs()).all())
-        # What rounding alone has lowered stays as it was.
-        better = (new_f >= f)[:, None, None, None]
-        R, M, f = torch.where(better, new, R), torch.where(better, new_M, M), new_f.maximum(f)
-        if done:
+        better = active & (new_f > f)  # not where rounding alone has moved it
+        R, M = torch.where(_each(better), new, R), torch.where(_each(better), new_M, M)
+        active = better & (new_f - f > tolerance * new_f.abs())
+        f = torch.where(better, new_f, f)
+        if not bool(active.any()):
             break
     return to_reference(blocks, R, proper=proper)
+
+
+def _start(blocks: Blocks, K: Tensor, own: Tensor, proper: bool) -> Tensor:
+    """Toward the reference; where that is zero, toward the client of most weight."""
+    _, _, r = blocks.shape
+    M = blocks.cross("joint")
+    empty = blocks.norms.sum(1) == 0
+    if bool(empty.any()):
+        first = int(blocks.weights.argmax())
+        to_first = K[:, :, first * r : (first + 1) * r].reshape(M.shape).clone()
+        to_first[:, first] = own[:, first]
+        M = torch.where(_each(empty), to_first, M)
+    return torch.ops.fedrot.polar(M.contiguous(), proper=proper)
+
+
+def _each(mask: Tensor) -> Tensor:
+    """``(L,)`` against ``(L, N, r, r)``."""
+    return mask[:, None, None, None]
 
 
 def optimal(
@@ -204,51 +228,45 @@ def optimal(
 
     Riemannian gradient descent with the polar factor as retraction and the step lengths of
     Barzilai and Borwein (IMA J. Numer. Anal. 1988), shortened until the error falls: it falls in
-    every step, so the result is never worse than ``start``, by default :func:`gpa`. Ends when all
-    layers' squared error falls by less than ``tolerance`` of itself. Turned to the reference as a
+    every step, so the result is never worse than ``start``, by default :func:`gpa`. Leaves a layer
+    when its squared error falls by less than ``tolerance`` of itself. Turned to the reference as a
     whole, as in :func:`gpa`.
     """
-    R = gpa(blocks, proper=proper) if start is None else start
-    at = _Point(blocks, R)
+    at = _Point(blocks, gpa(blocks, proper=proper) if start is None else start)
     norm, slope = blocks.norm_square(), at.slope()
-    # First step: to the minimum of a parabola whose curvature is that of |B A|^2 at most.
-    size = blocks.weights.square().sum() * (
-        _norm(blocks.A) * _norm(at.P) + _norm(blocks.B) * _norm(at.Q)
-    )
-    step = 1 / size.clamp_min(torch.finfo(size.dtype).tiny)
+    # First step: no longer than to the minimum of the parabola that bounds |B A|^2.
+    sizes = [blocks.pair_sum(G.square()).sqrt() for G in (blocks.A, blocks.B)]
+    curve = sizes[0] * torch.linalg.matrix_norm(at.P) + sizes[1] * torch.linalg.matrix_norm(at.Q)
+    step = 1 / curve.clamp_min(torch.finfo(curve.dtype).tiny)
+    active = torch.ones_like(step, dtype=torch.bool)
     for count in range(iterations):
-        new, step = _descend(at, slope, step, proper)
-        change, new_slope = new.R - at.R, new.slope()
-        turn = new_slope - slope
-        cc, ct, tt = (
-            (a * b).sum((1, 2, 3)) for a, b in ((change, change), (change, turn), (turn, turn))
-        )
-        ratio = (cc / ct.abs()) if count % 2 else (ct.abs() / tt)
+        new, step = _descend(at, slope, step, active, proper)
+        new_slope = new.slope()
+        change, turn = new.R - at.R, new_slope - slope
+        pairs = ((change, change), (change, turn), (turn, turn))
+        cc, ct, tt = (((a * b).sum((2, 3)) * blocks.weights).sum(1) for a, b in pairs)
+        ratio = cc / ct.abs() if count % 2 else ct.abs() / tt
         step = torch.where(ratio.isfinite() & (ratio > 0), ratio, step)
-        fallen = at.excess - new.excess
-        done = bool((fallen <= tolerance * (norm + at.excess)).all())
+        active = active & (at.excess - new.excess > tolerance * (norm + at.excess))
         at, slope = new, new_slope
-        if done:
+        if not bool(active.any()):
             break
     return to_reference(blocks, at.R, proper=proper)
 
 
-def _norm(G: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(G)
-
-
-def _descend(at: _Point, slope: Tensor, step: Tensor, proper: bool) -> tuple[_Point, Tensor]:
-    """The next point, with an error no larger, and the steps that led there."""
-    blocks = at.blocks
+def _descend(
+    at: _Point, slope: Tensor, step: Tensor, active: Tensor, proper: bool
+) -> tuple[_Point, Tensor]:
+    """The next point, of less error in the active layers and the same in the others, and the
+    steps that led there."""
     for _ in range(20):
-        moved = at.R - step[:, None, None, None] * slope
-        new = _Point(blocks, torch.ops.fedrot.polar(moved, proper=proper))
-        worse = ~(new.excess <= at.excess)
+        moved = torch.ops.fedrot.polar(at.R - _each(step) * slope, proper=proper)
+        new = _Point(at.blocks, torch.where(_each(active), moved, at.R))
+        worse = active & ~(new.excess <= at.excess)
         if not bool(worse.any()):
             return new, step
         step = torch.where(worse, step / 4, step)
-    R = torch.where(worse[:, None, None, None], at.R, new.R)
-    return _Point(blocks, R), step
+    return _Point(at.blocks, torch.where(_each(active & ~worse), moved, at.R)), step
 
 
 def to_reference(blocks: Blocks, R: Tensor, *, proper: bool = True) -> Tensor:
