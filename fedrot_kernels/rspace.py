@@ -40,7 +40,8 @@ class Blocks:
     B: Tensor  # (L, S, S): B_i^T B_j
     ref_A: Tensor  # (L, N, r, r): A_i A_ref^T
     ref_B: Tensor  # (L, N, r, r): B_i^T B_ref
-    norms: Tensor  # (L, 2): |A_ref|^2, |B_ref|^2
+    gram_A: Tensor  # (L, r, r): A_ref A_ref^T
+    gram_B: Tensor  # (L, r, r): B_ref^T B_ref
     weights: Tensor  # (N,), sum 1
 
     @staticmethod
@@ -66,15 +67,19 @@ class Blocks:
         check_weights(weights, size // r, gram_A.device)
         values = check_weight_values(weights, size // r)
         shape = (len(ref_A), size // r, r, r)
-        norms = [G[:, size:, size:].diagonal(dim1=1, dim2=2).sum(1) for G in (gram_A, gram_B)]
         return Blocks(
             gram_A[:, :size, :size],
             gram_B[:, :size, :size],
             gram_A[:, :size, size:].reshape(shape),
             gram_B[:, :size, size:].reshape(shape),
-            torch.stack(norms, 1),
+            gram_A[:, size:, size:],
+            gram_B[:, size:, size:],
             torch.tensor(values, dtype=gram_A.dtype, device=gram_A.device),
         )
+
+    def double(self) -> Blocks:
+        """The same in float64."""
+        return Blocks(*(getattr(self, name).double() for name in self.__dataclass_fields__))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -110,7 +115,7 @@ class Blocks:
     def error_square(self, R: Tensor) -> Tensor:
         """``|D - B A|^2`` ``(L,)`` of the average with rotations ``R`` ``(L, N, r, r)``, in
         float64; small errors are off by the rounding of the blocks, ``eps |D|^2``."""
-        wide = Blocks(*(getattr(self, name).double() for name in self.__dataclass_fields__))
+        wide = self.double()
         return (wide.norm_square() + _Point(wide, R.double()).excess).clamp_min(0)
 
     def bound_square(self) -> Tensor:
@@ -126,20 +131,35 @@ class _Point:
     def __init__(self, blocks: Blocks, R: Tensor) -> None:
         self.blocks, self.R = blocks, R
         self.U = blocks.stacked(R)
-        self.X, self.Y = blocks.A @ self.U, blocks.B @ self.U
+        self.X, self.Y = _times(blocks.A, self.U), _times(blocks.B, self.U)
         self.P, self.Q = self.U.mT @ self.Y, self.U.mT @ self.X  # B^T B, A A^T
         self.excess = (self.P * self.Q).sum((1, 2)) - 2 * (self.Y * blocks.weighted(self.X)).sum(
             (1, 2)
         )
 
+    def first_step(self) -> Tensor:
+        """To about the minimum of a parabola that is as steep as ``|B A|^2`` ``(L,)``."""
+        layers, clients, r = self.blocks.shape
+        curve = torch.zeros_like(self.excess)
+        for GU, other in ((self.X, self.P), (self.Y, self.Q)):
+            squares = GU.view(layers, clients, -1).square().sum(2) @ self.blocks.weights
+            curve += (squares / r).sqrt() * torch.linalg.matrix_norm(other)
+        return 1 / curve.clamp_min(torch.finfo(curve.dtype).tiny)
+
     def slope(self) -> Tensor:
         """Gradient of half the error along the rotations, ``R_i`` times a skew matrix each, for the
         inner product ``sum_i w_i <X_i, Y_i>``, in which light clients turn as fast as heavy."""
         blocks = self.blocks
-        pull = blocks.B @ blocks.weighted(self.X) + blocks.A @ blocks.weighted(self.Y)
+        pull = _times(blocks.B, blocks.weighted(self.X)) + _times(blocks.A, blocks.weighted(self.Y))
         G = (self.Y @ self.Q + self.X @ self.P - pull).view(self.R.shape)
         inner = self.R.mT @ G
         return self.R @ (inner - inner.mT) / 2
+
+
+def _times(G: Tensor, U: Tensor) -> Tensor:
+    """``G U`` for symmetric ``G`` ``(L, S, S)``, in the form that BLAS is several times as fast
+    in."""
+    return (U.mT @ G).mT.contiguous()
 
 
 def procrustes(blocks: Blocks, align: str = "joint", *, proper: bool = True) -> Tensor:
@@ -149,7 +169,7 @@ def procrustes(blocks: Blocks, align: str = "joint", *, proper: bool = True) -> 
 
 
 def gpa(
-    blocks: Blocks, *, proper: bool = True, iterations: int = 5, tolerance: float = 1e-4
+    blocks: Blocks, *, proper: bool = True, iterations: int = 10, tolerance: float = 1e-3
 ) -> Tensor:
     """Generalised Procrustes analysis: every client toward the weighted mean of the aligned ones.
 
@@ -159,9 +179,9 @@ def gpa(
     when it grows by less than ``tolerance`` of itself. The mean is then turned to the reference as
     a whole: that changes no product, and keeps the basis from round to round.
 
-    A step aligns all clients at once to the mean of the *others*. Where that lowers ``f`` (two
-    clients swap places), the layer steps to the mean of all instead, which cannot, since the matrix
-    of all ``K_ij`` is positive semi-definite.
+    A step aligns all clients at once to the mean of the *others*. Where that does not raise ``f``
+    (two clients swap places), the layer steps to the mean of all instead, which cannot lower it,
+    since the matrix of all ``K_ij`` is positive semi-definite.
 
     Source: Gower, Psychometrika 1975; ten Berge, Psychometrika 1977.
     """
@@ -174,7 +194,7 @@ def gpa(
     def toward(R: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of the others as every client sees it, and ``f``."""
         U = blocks.stacked(R)
-        M = K @ U
+        M = _times(K, U)
         return M.view(R.shape), (U * M).sum((1, 2))
 
     R = _start(blocks, K, own, proper)
@@ -183,15 +203,15 @@ def gpa(
     for _ in range(iterations):
         new = torch.ops.fedrot.polar(M, proper=proper)
         new_M, new_f = toward(new)
-        worse = active & (new_f < f)
-        if bool(worse.any()):
+        slow = active & ~(new_f - f > tolerance * f.abs())
+        if bool(slow.any()):
             with_own = M + blocks.weights[:, None, None] * (own @ R)
             safe = torch.ops.fedrot.polar(with_own, proper=proper)
-            new = torch.where(_each(worse), safe, new)
+            new = torch.where(_each(slow), safe, new)
             new_M, new_f = toward(new)
         better = active & (new_f > f)  # not where rounding alone has moved it
         R, M = torch.where(_each(better), new, R), torch.where(_each(better), new_M, M)
-        active = better & (new_f - f > tolerance * new_f.abs())
+        active = better & (new_f - f > tolerance * f.abs())
         f = torch.where(better, new_f, f)
         if not bool(active.any()):
             break
@@ -202,7 +222,7 @@ def _start(blocks: Blocks, K: Tensor, own: Tensor, proper: bool) -> Tensor:
     """Toward the reference; where that is zero, toward the client of most weight."""
     _, _, r = blocks.shape
     M = blocks.cross("joint")
-    empty = blocks.norms.sum(1) == 0
+    empty = (blocks.gram_A + blocks.gram_B).abs().amax((1, 2)) == 0
     if bool(empty.any()):
         first = int(blocks.weights.argmax())
         to_first = K[:, :, first * r : (first + 1) * r].reshape(M.shape).clone()
@@ -220,8 +240,8 @@ def optimal(
     blocks: Blocks,
     *,
     proper: bool = True,
-    iterations: int = 20,
-    tolerance: float = 1e-3,
+    iterations: int = 10,
+    tolerance: float = 3e-3,
     start: Tensor | None = None,
 ) -> Tensor:
     """Rotations that minimise the aggregation error ``|D - B A|`` itself, a local minimum.
@@ -234,23 +254,24 @@ def optimal(
     """
     at = _Point(blocks, gpa(blocks, proper=proper) if start is None else start)
     norm, slope = blocks.norm_square(), at.slope()
-    # First step: no longer than to the minimum of the parabola that bounds |B A|^2.
-    sizes = [blocks.pair_sum(G.square()).sqrt() for G in (blocks.A, blocks.B)]
-    curve = sizes[0] * torch.linalg.matrix_norm(at.P) + sizes[1] * torch.linalg.matrix_norm(at.Q)
-    step = 1 / curve.clamp_min(torch.finfo(curve.dtype).tiny)
+    step = at.first_step()
     active = torch.ones_like(step, dtype=torch.bool)
+    # No step is worth while that promises less than this.
+    least = 16 * torch.finfo(norm.dtype).eps * norm
     for count in range(iterations):
+        promised = 2 * step * (slope.square().sum((2, 3)) @ blocks.weights)
+        active = active & (promised > least + tolerance * (norm + at.excess))
+        if not bool(active.any()):
+            break
         new, step = _descend(at, slope, step, active, proper)
         new_slope = new.slope()
         change, turn = new.R - at.R, new_slope - slope
         pairs = ((change, change), (change, turn), (turn, turn))
-        cc, ct, tt = (((a * b).sum((2, 3)) * blocks.weights).sum(1) for a, b in pairs)
+        cc, ct, tt = ((a * b).sum((2, 3)) @ blocks.weights for a, b in pairs)
         ratio = cc / ct.abs() if count % 2 else ct.abs() / tt
         step = torch.where(ratio.isfinite() & (ratio > 0), ratio, step)
-        active = active & (at.excess - new.excess > tolerance * (norm + at.excess))
+        active = active & (at.excess - new.excess > least + tolerance * (norm + at.excess))
         at, slope = new, new_slope
-        if not bool(active.any()):
-            break
     return to_reference(blocks, at.R, proper=proper)
 
 
@@ -259,7 +280,7 @@ def _descend(
 ) -> tuple[_Point, Tensor]:
     """The next point, of less error in the active layers and the same in the others, and the
     steps that led there."""
-    for _ in range(20):
+    for _ in range(6):  # below a 4000th of a step it is rounding that decides
         moved = torch.ops.fedrot.polar(at.R - _each(step) * slope, proper=proper)
         new = _Point(at.blocks, torch.where(_each(active), moved, at.R))
         worse = active & ~(new.excess <= at.excess)
@@ -285,14 +306,15 @@ def soften(R: Tensor, lam: float | Tensor, *, proper: bool = True) -> Tensor:
 
 
 def auto_lam(blocks: Blocks, R: Tensor, *, proper: bool = True) -> Tensor:
-    """``lam`` ``(L,)`` in [0, 1], to 0.01, that minimises the aggregation error of
-    ``soften(R, lam)`` in each layer: the best of 11, and of 19 around it. 0 and 1 are among
-    them, so neither is better."""
-    grid = torch.linspace(0, 1, 11, dtype=R.dtype, device=R.device).expand(len(R), -1)
-    best = _best_lam(blocks, R, grid, proper)
-    near = torch.linspace(-0.09, 0.09, 19, dtype=R.dtype, device=R.device)
-    around = (best[:, None] + near).clamp(0, 1)
-    return _best_lam(blocks, R, torch.cat([best[:, None], around], 1), proper)
+    """``lam`` ``(L,)`` in [0, 1], to about 0.01, that minimises the aggregation error of
+    ``soften(R, lam)`` in each layer: the best of six, and of its neighbours at half the distance,
+    four times. 0 and 1 are among them, so neither is better."""
+    grid = torch.linspace(0, 1, 6, dtype=R.dtype, device=R.device)
+    best = _best_lam(blocks, R, grid.expand(len(R), -1), proper)
+    for halving in range(1, 5):
+        around = torch.tensor([0.0, -0.2, 0.2], dtype=R.dtype, device=R.device) / 2**halving
+        best = _best_lam(blocks, R, (best[:, None] + around).clamp(0, 1), proper)
+    return best
 
 
 def _best_lam(blocks: Blocks, R: Tensor, grid: Tensor, proper: bool) -> Tensor:
@@ -363,29 +385,36 @@ def check_lam(lam: float | str) -> None:
 
 
 def truncation(blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """``(U_A, U_B)`` ``(L, S, r)`` of the best rank-r approximation of ``D`` (FlexLoRA,
-    arXiv 2402.11505) in the reference's gauge: of all pairs ``B T``, ``T^-1 A`` with
-    ``T = c Q``, ``Q`` orthogonal, from balanced factors, the one nearest to the reference in
-    direction and with its ratio of norms.
+    """``(U_A, U_B)`` ``(L, S, r)`` of the best rank-r approximation ``U S V^T`` of ``D`` (FlexLoRA,
+    arXiv 2402.11505) in the gauge of the reference: ``A = Q^T a V^T``, ``B = U b Q`` with
+
+    - diagonal ``a b = S`` for which ``B^T B - A A^T = delta I``, as in the mean over the directions
+      of the reference, ``delta = (|B_ref|^2 - |A_ref|^2) / r``. Gradient flow conserves this
+      difference (Arora et al., ICML 2018), so local training left it nearly as it was;
+    - the orthogonal ``Q`` that brings ``A``, ``B`` nearest to the reference.
+
+    Source of neither: other ratios of norms either starve weak directions or let ``B`` grow round
+    by round (docs/findings.md).
     """
     _, _, r = blocks.shape
-    wide = Blocks(*(getattr(blocks, name).double() for name in blocks.__dataclass_fields__))
+    wide = blocks.double()
     squares, F, vectors = _spectrum(wide)
-    sizes = squares[:, :r].sqrt()  # singular values
-    # Left singular vectors stack(B) .. ; A = sqrt(S) V^T = S^-1/2 u^T F^T W stack(A).
-    top = vectors[:, :, :r] * _inverse(sizes.sqrt())[:, None]
-    U_A = wide.weighted(F @ top)
-    # B: least squares for this A, which no error of A's can make worse.
+    S = squares[:, :r].sqrt()
+    traces = [G.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) for G in (wide.gram_A, wide.gram_B)]
+    delta = (traces[1] - traces[0]) / r
+    longer = (delta.abs() + (delta.square() + 4 * squares[:, :r]).sqrt()) / 2
+    longer = longer.sqrt()
+    shorter = S / torch.where(longer > 0, longer, 1.0)
+    a = torch.where(delta > 0, shorter, longer)
+    # u^T F^T W stack(A) = S V^T for the eigenvectors u.
+    scale = a * _inverse(S)
+    U_A = wide.weighted(F @ (vectors[:, :, :r] * scale[:, None]))
+    # Least squares for this A: no error of A's is made larger.
     G = U_A.mT @ wide.A @ U_A
     U_B = wide.weighted(wide.A @ U_A) @ torch.linalg.pinv(G, hermitian=True)
-    Q = torch.ops.fedrot.polar(
-        U_A.mT @ wide.ref_A.flatten(1, 2) + U_B.mT @ wide.ref_B.flatten(1, 2)
-    )
-    own = sizes.sum(1)  # |A|^2 = |B|^2
-    c = (wide.norms[:, 1] / wide.norms[:, 0]).sqrt()  # |B_ref| / |A_ref|
-    usable = c.isfinite() & (c > 0) & (own > 0)
-    c = torch.where(usable, c, 1.0).sqrt()[:, None, None]
-    return (U_A @ Q / c).to(blocks.A.dtype), (U_B @ Q * c).to(blocks.A.dtype)
+    M = U_A.mT @ wide.ref_A.flatten(1, 2) + U_B.mT @ wide.ref_B.flatten(1, 2)
+    Q = torch.ops.fedrot.polar(M)
+    return (U_A @ Q).to(blocks.A.dtype), (U_B @ Q).to(blocks.A.dtype)
 
 
 def _spectrum(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from fedrot_kernels.rspace import Blocks
 op = torch.ops.fedrot
 WEIGHTS = torch.tensor([1.0, 3.0, 0.0, 2.0, 0.5], dtype=torch.float64)
 
-settings.register_profile("rspace", max_examples=25, deadline=None, derandomize=True)
+settings.register_profile("rspace", max_examples=12, deadline=None, derandomize=True)
 settings.load_profile("rspace")
 
 
@@ -99,13 +99,13 @@ def test_no_step_is_worse_and_no_rule_than_the_one_before(problem, proper):
 
     last = agreement(rspace.procrustes(blocks, proper=proper))
     size = agreement(rspace.procrustes(blocks, proper=proper)).abs() + 1e-30
-    for steps in (1, 2, 3, 10):
+    for steps in (1, 2, 6):
         f = agreement(rspace.gpa(blocks, proper=proper, iterations=steps, tolerance=0.0))
         assert bool((f >= last - 1e-11 * size).all())
         last = f
     start = rspace.gpa(blocks, proper=proper)
     last = blocks.error_square(start)
-    for steps in (1, 2, 3, 4, 8, 16):
+    for steps in (1, 2, 4, 10):
         R = rspace.optimal(blocks, proper=proper, iterations=steps, tolerance=0.0)
         error = blocks.error_square(R)
         assert bool((error <= last + 1e-11 * scale).all())
@@ -148,26 +148,26 @@ def test_auto_lam_is_the_best_of_a_scan(problem, align, proper):
 
 
 def test_against_random_restarts():
-    """On small problems descent from gpa ends about where the best of 20 random starts does."""
+    """On small problems descent from gpa ends about where the best of 10 random starts does."""
     ratios = []
-    for seed in range(12):
+    for seed in range(6):
         blocks = Blocks.of(*strangers(4, [(12, 10, 3)], seed))
-        ours = rspace.optimal(blocks, iterations=300, tolerance=0.0)
+        ours = rspace.optimal(blocks, iterations=100, tolerance=1e-6)
         best = min(
             float(
                 blocks.error_square(
                     rspace.optimal(
                         blocks,
-                        iterations=300,
-                        tolerance=0.0,
+                        iterations=100,
+                        tolerance=1e-6,
                         start=random_rotations(blocks.shape, restart),
                     )
                 )
             )
-            for restart in range(20)
+            for restart in range(10)
         )
         ratios.append(float(blocks.error_square(ours)) / best)
-    assert sum(ratio < 1.001 for ratio in ratios) >= 4, ratios
+    assert sum(ratio < 1.001 for ratio in ratios) >= 2, ratios
     assert max(ratios) < 1.25 and sum(ratios) / len(ratios) < 1.06, ratios
 
 
@@ -232,16 +232,16 @@ def test_truncation_is_the_svd_in_the_basis_of_the_reference(problem):
         error = float((B[layer] @ A[layer] - D).norm()) ** 2
         best = float(S[r:].square().sum())
         assert error <= best + 1e-9 * float(D.norm()) ** 2
-        a, b = A[layer], B[layer]
-        ref_A, ref_B = inputs.ref_A[layer], inputs.ref_B[layer]
-        assert float(b.norm() / a.norm()) == pytest.approx(
-            float(ref_B.norm() / ref_A.norm()), rel=1e-7
-        )
-        # Balanced: A A^T and B^T B are the same up to a factor.
-        ratio = float(b.square().sum() / a.square().sum())
-        torch.testing.assert_close(
-            b.T @ b, ratio * (a @ a.T), atol=1e-7 * float(b.square().sum()), rtol=0
-        )
+        # In the gauge of the reference: its mean imbalance, and no rotation comes nearer to it.
+        a, b, ref_A, ref_B = A[layer], B[layer], inputs.ref_A[layer], inputs.ref_B[layer]
+        if int(torch.linalg.matrix_rank(D, rtol=1e-6)) >= r:
+            delta = float(ref_B.square().sum() - ref_A.square().sum()) / r
+            eye = torch.eye(r, dtype=a.dtype)
+            size = float(a.square().sum() + b.square().sum())
+            torch.testing.assert_close(b.T @ b - a @ a.T, delta * eye, atol=1e-6 * size, rtol=0)
+            M = a @ ref_A.T + b.T @ ref_B
+            torch.testing.assert_close(M, M.T, atol=1e-6 * float(M.norm()), rtol=0)
+            assert float(torch.linalg.eigvalsh(M).min()) > -1e-6 * float(M.norm())
 
 
 EMPTY = {
