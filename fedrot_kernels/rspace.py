@@ -393,8 +393,7 @@ def truncation(blocks: Blocks) -> tuple[Tensor, Tensor]:
       difference (Arora et al., ICML 2018), so local training left it nearly as it was;
     - the orthogonal ``Q`` that brings ``A``, ``B`` nearest to the reference.
 
-    Source of neither: other ratios of norms either starve weak directions or let ``B`` grow round
-    by round (docs/findings.md).
+    With a Gram matrix of ``A`` that is kept, ``B`` grows round by round instead (docs/findings.md).
     """
     _, _, r = blocks.shape
     wide = blocks.double()
