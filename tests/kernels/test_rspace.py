@@ -189,6 +189,16 @@ def test_two_clients_of_rank_two_by_a_scan(seed):
     assert found <= float(errors.median())
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_two_clients_do_not_swap_places(seed):
+    """Where gpa has converged, one client is the other's Procrustes solution."""
+    inputs = strangers(2, [(20, 30, 4)], seed)
+    blocks = Blocks.of(*inputs)
+    R = rspace.gpa(blocks, iterations=2000, tolerance=0.0)[0]
+    K = inputs.lora_B[0].T @ inputs.lora_B[1] + inputs.lora_A[0] @ inputs.lora_A[1].T
+    torch.testing.assert_close(R[0] @ R[1].T, op.polar(K, proper=True), rtol=0, atol=1e-3)
+
+
 def test_bases_are_found_without_a_reference():
     """Clients that are one adapter in different bases, and nothing to align to: the product is
     exact; the paper's alignment to an empty reference averages plainly."""
