@@ -179,6 +179,32 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "Fill the rotations; False where a value was not finite.");
   m.def(
+      "gram",
+      [](const Tables& tables, int r, std::uintptr_t out_A, std::uintptr_t out_B, int threads) {
+        const std::vector<double> weights(tables.clients());
+        const fedrot::Problem problem = tables.problem(weights, 1, fedrot::Align::joint, false);
+        py::gil_scoped_release release;
+        threads = fedrot::cpu::worthwhile_threads(problem, threads);
+        return fedrot::cpu::gram(problem, r, reinterpret_cast<void*>(out_A),
+                                 reinterpret_cast<void*>(out_B), threads);
+      },
+      "Fill the Gram blocks, (L, S, S) each; False where a value was not finite.");
+  m.def(
+      "combine",
+      [](const Tables& tables, int r, std::uintptr_t mix_A, std::uintptr_t mix_B,
+         const Outputs& out, int threads) {
+        if (out.A.size() != tables.shapes.size() || out.B.size() != tables.shapes.size())
+          throw std::invalid_argument("one output per layer");
+        const std::vector<double> weights(tables.clients());
+        const fedrot::Problem problem = tables.problem(weights, 0, fedrot::Align::joint, false);
+        py::gil_scoped_release release;
+        threads = fedrot::cpu::worthwhile_threads(problem, threads);
+        return fedrot::cpu::combine(problem, r, reinterpret_cast<const void*>(mix_A),
+                                    reinterpret_cast<const void*>(mix_B), out.A.data(),
+                                    out.B.data(), threads);
+      },
+      "Fill the outputs; False where a value of them was not finite.");
+  m.def(
       "polar",
       [](std::uintptr_t M, std::uintptr_t out, long batch, int rows, int cols, bool is_double,
          bool proper, int threads) {

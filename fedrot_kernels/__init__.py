@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from fedrot_kernels import backends
-from fedrot_kernels.ops import align, align_aggregate, polar
+from fedrot_kernels import backends, rspace
+from fedrot_kernels.ops import ALIGN_MODES, align, align_aggregate, combine, gram, polar
 from fedrot_kernels.plan import Plan
 
-__all__ = ["__version__", "Plan", "align", "align_aggregate", "polar"]
+__all__ = [
+    "ALIGN_MODES",
+    "Plan",
+    "__version__",
+    "align",
+    "align_aggregate",
+    "combine",
+    "gram",
+    "polar",
+    "rspace",
+]
 __version__ = "0.1.0"
 
 backends.register()

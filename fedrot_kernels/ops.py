@@ -40,6 +40,11 @@ class Problem:
     device: torch.device
 
     @property
+    def rank(self) -> int:
+        """The largest of the reference: what ``gram`` and ``combine`` pad to."""
+        return max(r for _, _, r in self.shapes)
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """What everything is accumulated in: float64 where any input is float64, else float32."""
         return accumulate_dtype(self.dtype, self.out_dtype)
@@ -153,6 +158,29 @@ def check_polar(M: Tensor) -> None:
         raise ValueError(f"M must be (..., m, n) with 1 <= m <= n, got {tuple(M.shape)}")
 
 
+def check_mix(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    mix_A: Tensor,
+    mix_B: Tensor,
+) -> None:
+    """Validate the matrices of ``combine``, all that its other arguments say of them; reads no
+    values.
+
+    Raises:
+        ValueError: a shape or device is wrong.
+        TypeError: the dtype is not that of the accumulation.
+    """
+    for name, t in (("mix_A", mix_A), ("mix_B", mix_B)):
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
+        if t.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {t.dtype}")
+        if t.device != device:
+            raise ValueError(f"{name} must be on {device}, got {t.device}")
+
+
 def check_weight_values(weights: Tensor | None, clients: int) -> list[float]:
     """The weights as floats that sum to 1 (uniform for ``None``); reads the tensor.
 
@@ -199,6 +227,7 @@ OVERFLOW = (
     "the cross-covariance or the result overflows its dtype; "
     "scale the factors down or use a wider dtype"
 )
+NOT_COMBINED = "mix_A or mix_B holds a non-finite value, or the result overflows its dtype"
 
 
 def _explain(name: str, where: str, t: Tensor, dtype: torch.dtype, device: torch.device) -> None:
@@ -248,7 +277,15 @@ _library.define(
     ' *, float lam=0.4, str align="joint", bool proper=True) -> Tensor[]'
 )
 _library.define("polar(Tensor M, *, bool proper=False) -> Tensor")
-for _name in ("align_aggregate", "align", "polar"):
+_library.define(
+    "gram(Tensor[] lora_A, Tensor[] lora_B, Tensor[] ref_A, Tensor[] ref_B)"
+    " -> (Tensor gram_A, Tensor gram_B)"
+)
+_library.define(
+    "combine(Tensor[] lora_A, Tensor[] lora_B, Tensor[] ref_A, Tensor[] ref_B,"
+    " Tensor mix_A, Tensor mix_B) -> (Tensor[] A, Tensor[] B)"
+)
+for _name in ("align_aggregate", "align", "polar", "gram", "combine"):
     # Not differentiable: autograd passes by, and outputs never require a gradient.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
@@ -348,6 +385,60 @@ def polar(M: Tensor, *, proper: bool = False) -> Tensor:
     return torch.ops.fedrot.polar(M, proper=proper)
 
 
+def gram(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    ref_A: Sequence[Tensor],
+    ref_B: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Gram blocks of every layer: all that r-space methods need to know of the factors.
+
+    With the clients' factors and then the reference's one behind the other, each padded with zeros
+    to ``r``, the largest rank of the call, ``gram_A[l] = stack(A_i) stack(A_i)^T`` and
+    ``gram_B[l] = stack(B_i)^T stack(B_i)``: rows ``i r`` to ``(i + 1) r`` belong to client ``i``,
+    the last ``r`` to the reference.
+
+    Arguments and errors as for :func:`align_aggregate`.
+
+    Returns:
+        ``(gram_A, gram_B)``, ``(L, S, S)`` each with ``S = (N + 1) r``, symmetric to the bit,
+        float32 (float64 for float64 inputs).
+    """
+    return torch.ops.fedrot.gram(lora_A, lora_B, ref_A, ref_B)
+
+
+def combine(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    ref_A: Sequence[Tensor],
+    ref_B: Sequence[Tensor],
+    mix_A: Tensor,
+    mix_B: Tensor,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Average the factors with given matrices: what :func:`align_aggregate` does with its
+    rotations.
+
+    ``A[l] = sum_i mix_A[l, i]^T A_i`` and ``B[l] = sum_i B_i mix_B[l, i]``, accumulated in float32
+    (float64 for float64 inputs) and rounded once. With ``mix_A = mix_B = w_i R_i`` that is the
+    weighted average of rotated clients.
+
+    Args:
+        lora_A, lora_B: as for :func:`align_aggregate`.
+        ref_A, ref_B: give the results their shapes and dtype; their values are not used.
+        mix_A, mix_B: ``(L, N, r, r)`` with ``r`` the largest rank of the call, float32 (float64 for
+            float64 inputs). Of a client of rank ``r_i`` in a layer of rank ``r_l`` only the first
+            ``r_i`` rows and ``r_l`` columns are read.
+
+    Returns:
+        ``(A, B)`` as :func:`align_aggregate`.
+
+    Raises:
+        ValueError, TypeError: as :func:`align_aggregate`; on CPU only values that reach the result
+            need to be finite.
+    """
+    return torch.ops.fedrot.combine(lora_A, lora_B, ref_A, ref_B, mix_A, mix_B)
+
+
 @torch.library.register_fake("fedrot::align_aggregate", lib=_library)
 def _align_aggregate_fake(
     lora_A, lora_B, ref_A, ref_B, weights=None, *, lam=0.4, align="joint", proper=True
@@ -373,6 +464,24 @@ def _align_fake(lora_A, lora_B, ref_A, ref_B, *, lam=0.4, align="joint", proper=
 def _polar_fake(M, *, proper=False):
     check_polar(M)
     return M.new_empty(M.shape, dtype=accumulate_dtype(M.dtype))
+
+
+@torch.library.register_fake("fedrot::gram", lib=_library)
+def _gram_fake(lora_A, lora_B, ref_A, ref_B):
+    problem = check(lora_A, lora_B, ref_A, ref_B, None, 0.0, "joint")
+    size = (problem.clients + 1) * problem.rank
+    shape, dtype = (problem.layers, size, size), problem.compute_dtype
+    return lora_A[0].new_empty(shape, dtype=dtype), lora_A[0].new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("fedrot::combine", lib=_library)
+def _combine_fake(lora_A, lora_B, ref_A, ref_B, mix_A, mix_B):
+    problem = check(lora_A, lora_B, ref_A, ref_B, None, 0.0, "joint")
+    shape = (problem.layers, problem.clients, problem.rank, problem.rank)
+    check_mix(shape, problem.compute_dtype, problem.device, mix_A, mix_B)
+    A = [ref_A[0].new_empty((r, k)) for _, k, r in problem.shapes]
+    B = [ref_B[0].new_empty((d, r)) for d, _, r in problem.shapes]
+    return A, B
 
 
 def implement(name: str, dispatch_key: str, function: Callable[..., Any]) -> None:

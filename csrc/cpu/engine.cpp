@@ -22,10 +22,6 @@
 namespace fedrot::cpu {
 namespace {
 
-bool uses_double(const Problem& p) {
-  return p.client_dtype == DType::f64 || p.ref_dtype == DType::f64;
-}
-
 std::int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // Bytes of client factors that a core's second-level cache keeps beside the next ones.

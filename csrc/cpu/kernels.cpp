@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "factors.h"
+#include "gram.h"
 #include "rotations.h"
 
 namespace fedrot {
@@ -16,9 +17,11 @@ std::size_t scratch_size(int r) {
 
 template <class Acc>
 const cpu::Kernels<Acc>& table() {
-  static const cpu::Kernels<Acc> entries{
-      scratch_size<Acc>, rotation_scratch<Acc>, load_reference<Acc>, covariance<Acc>,
-      rotations<Acc>,    polars<Acc>,           apply<Acc>};
+  static const cpu::Kernels<Acc> entries{scratch_size<Acc>,   rotation_scratch<Acc>,
+                                         load_reference<Acc>, covariance<Acc>,
+                                         rotations<Acc>,      polars<Acc>,
+                                         apply<Acc>,          panel_width<Acc>,
+                                         gram_scratch<Acc>,   gram<Acc>};
   return entries;
 }
 

@@ -59,6 +59,11 @@ struct Kernels {
   // One block of clients' share in positions begin <= t < end of the average, see factors.h.
   bool (*apply)(const Problem&, int layer, Side, std::int64_t begin, std::int64_t end, int first,
                 int last, const Acc* W, Ahead&, const Matrix& out, Acc* sums, Acc* scratch);
+  // Gram blocks of one factor of a layer, see gram.h: the side of G, elements of scratch, and G
+  // (zero before).
+  int (*panel_width)(int directions);
+  std::size_t (*gram_scratch_size)(int clients, int r);
+  void (*gram)(const Problem&, int layer, Side, int r, int first, int step, Acc* G, Acc* scratch);
 };
 
 template <class Acc>

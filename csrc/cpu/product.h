@@ -115,31 +115,53 @@ inline void product_columns(int rows, int terms, const Term<Acc, T>* term, std::
   product_rows<P, Q, whole, unit>(rows, terms, copies, 0, col, tail, into, C, c_row, ahead);
 }
 
+// Rows of a tile that is three, two, or one vectors wide: enough independent sums to hide the
+// latency of a multiply-add, few enough for the registers. AVX-512 has 32 and needs no third
+// vector.
+constexpr bool many_registers = vector_bytes == 64;
+constexpr int widest_rows = 4, wide_rows = many_registers ? 8 : 6,
+              narrow_rows = many_registers ? 16 : 8;
+
 // C (rows, cols; rows c_row apart) <- sum over terms of X Y. Nothing beyond the columns given is
 // read or written. packed: room for packed_columns vectors a row of all Y, or null.
 template <bool unit, class Acc, class T>
 inline void product(int rows, int cols, int terms, const Term<Acc, T>* term, Into into, Acc* C,
                     std::int64_t c_row, Ahead& ahead, Acc* packed = nullptr) {
-  // Rows of a tile of three, two and one vectors: enough independent sums to hide the latency of a
-  // multiply-add, few enough for the registers. AVX-512 has 32 of them and needs no third vector.
-  constexpr bool many = vector_bytes == 64;
-  constexpr int P3 = 4, P2 = many ? 8 : 6, P1 = many ? 16 : 8;
   constexpr int width = lanes<Acc>;
   int col = 0;
-  if constexpr (!many)
+  if constexpr (!many_registers)
     for (; col + 3 * width <= cols && cols - col != 4 * width; col += 3 * width)
-      product_columns<P3, 3, true, unit>(rows, terms, term, col, 0, into, C, c_row, packed, ahead);
+      product_columns<widest_rows, 3, true, unit>(rows, terms, term, col, 0, into, C, c_row, packed,
+                                                  ahead);
   for (; col + 2 * width <= cols; col += 2 * width)
-    product_columns<P2, 2, true, unit>(rows, terms, term, col, 0, into, C, c_row, packed, ahead);
+    product_columns<wide_rows, 2, true, unit>(rows, terms, term, col, 0, into, C, c_row, packed,
+                                              ahead);
   const int rest = cols - col, tail = rest % width;
   if (rest > width)
-    product_columns<P2, 2, false, unit>(rows, terms, term, col, tail, into, C, c_row, packed,
-                                        ahead);
+    product_columns<wide_rows, 2, false, unit>(rows, terms, term, col, tail, into, C, c_row, packed,
+                                               ahead);
   else if (rest == width)
-    product_columns<P1, 1, true, unit>(rows, terms, term, col, 0, into, C, c_row, packed, ahead);
+    product_columns<narrow_rows, 1, true, unit>(rows, terms, term, col, 0, into, C, c_row, packed,
+                                                ahead);
   else if (rest > 0)
-    product_columns<P1, 1, false, unit>(rows, terms, term, col, tail, into, C, c_row, packed,
-                                        ahead);
+    product_columns<narrow_rows, 1, false, unit>(rows, terms, term, col, tail, into, C, c_row,
+                                                 packed, ahead);
+}
+
+// C (n, n) += X X^T on and below the diagonal, for X (n, inner) at X[t * n + p] and n a multiple of
+// the vector length: every `step`-th pair of vectors of columns from the first-th on.
+template <class Acc>
+inline void product_lower(int n, int inner, const Acc* X, int first, int step, Acc* C,
+                          Ahead& ahead) {
+  constexpr int width = lanes<Acc>;
+  const Term<Acc> term{X, 1, n, X, n, inner};
+  for (int col = 2 * width * first; col < n; col += 2 * width * step)
+    if (n - col >= 2 * width)
+      product_rows<wide_rows, 2, true, true>(n, 1, &term, col, col, width, Into::added, C, n,
+                                             ahead);
+    else
+      product_rows<narrow_rows, 1, true, true>(n, 1, &term, col, col, width, Into::added, C, n,
+                                               ahead);
 }
 
 }  // namespace FEDROT_ISA

@@ -10,9 +10,11 @@ from torch import Tensor
 from fedrot_kernels.native import load
 from fedrot_kernels.ops import (
     ALIGN_MODES,
+    NOT_COMBINED,
     OVERFLOW,
     accumulate_dtype,
     check_finite,
+    check_mix,
     check_polar,
     check_weight_values,
     implement,
@@ -117,8 +119,34 @@ def polar(M: Tensor, *, proper: bool = False) -> Tensor:
     return out
 
 
+def gram(lora_A, lora_B, ref_A, ref_B) -> tuple[Tensor, Tensor]:
+    tables, factors = read((lora_A, lora_B, ref_A, ref_B), None, 0.0, "joint")
+    r = max(r for _, _, r in tables.shapes)
+    size = (tables.clients + 1) * r
+    dtype = accumulate_dtype(lora_A[0].dtype, ref_A[0].dtype)
+    gram_A, gram_B = (torch.empty(len(ref_A), size, size, dtype=dtype) for _ in range(2))
+    threads = torch.get_num_threads()
+    if not _cpu.gram(tables, r, gram_A.data_ptr(), gram_B.data_ptr(), threads):
+        _explain(factors)
+    return gram_A, gram_B
+
+
+def combine(lora_A, lora_B, ref_A, ref_B, mix_A, mix_B) -> tuple[list[Tensor], list[Tensor]]:
+    tables, factors = read((lora_A, lora_B, ref_A, ref_B), None, 0.0, "joint")
+    r = max(r for _, _, r in tables.shapes)
+    dtype = accumulate_dtype(lora_A[0].dtype, ref_A[0].dtype)
+    check_mix((len(ref_A), tables.clients, r, r), dtype, ref_A[0].device, mix_A, mix_B)
+    A, B = empty_outputs(ref_A, ref_B)
+    mix_A, mix_B = mix_A.contiguous(), mix_B.contiguous()
+    table, threads = outputs(A, B), torch.get_num_threads()
+    if not _cpu.combine(tables, r, mix_A.data_ptr(), mix_B.data_ptr(), table, threads):
+        check_finite(len(ref_A), lora_A=factors[0], lora_B=factors[1])
+        raise ValueError(NOT_COMBINED)
+    return A, B
+
+
 def register() -> None:
     """Make this the implementation of every operator on CPU tensors."""
-    for function in (align_aggregate, align, polar):
+    for function in (align_aggregate, align, polar, gram, combine):
         implement(function.__name__, "CPU", function)
     implement_plan("cpu", Runner)

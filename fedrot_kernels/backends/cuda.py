@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedrot_kernels.backends import matmul
 from fedrot_kernels.backends.gpu import Layout
 from fedrot_kernels.ops import DTYPES, accumulate_dtype, check_polar, implement
 from fedrot_kernels.plan import Flat
@@ -208,4 +209,5 @@ def register() -> None:
     _library()
     for function in (align_aggregate, align, polar):
         implement(function.__name__, "CUDA", function)
+    matmul.register("CUDA")
     implement_plan("cuda", Runner)

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedrot_kernels.ops import (
+    NOT_COMBINED,
     OVERFLOW,
     accumulate_dtype,
     check,
     check_finite,
+    check_mix,
     check_polar,
     check_weight_values,
     implement,
@@ -150,7 +153,46 @@ def polar(M: Tensor, *, proper: bool = False) -> Tensor:
     return stacked.reshape(M.shape).to(M.device, dtype, copy=True)
 
 
+def gram(lora_A, lora_B, ref_A, ref_B) -> tuple[Tensor, Tensor]:
+    problem = check(lora_A, lora_B, ref_A, ref_B, None, 0.0, "joint")
+    check_finite(problem.layers, lora_A=lora_A, lora_B=lora_B, ref_A=ref_A, ref_B=ref_B)
+    r = problem.rank
+    blocks_A, blocks_B = [], []
+    for layer in range(problem.layers):
+        A = _float64([*lora_A[layer :: problem.layers], ref_A[layer]])
+        B = _float64([*lora_B[layer :: problem.layers], ref_B[layer]])
+        stacked_A = torch.cat([pad(t, (0, 0, 0, r - t.shape[0])) for t in A])
+        stacked_B = torch.cat([pad(t, (0, r - t.shape[1])) for t in B], 1)
+        blocks_A.append(stacked_A @ stacked_A.T)
+        blocks_B.append(stacked_B.T @ stacked_B)
+    both = [torch.stack(t).to(problem.compute_dtype) for t in (blocks_A, blocks_B)]
+    if not all(bool(torch.isfinite(t).all()) for t in both):
+        raise ValueError(OVERFLOW)
+    gram_A, gram_B = ((t + t.mT) / 2 for t in both)  # symmetric to the bit
+    return gram_A.to(problem.device), gram_B.to(problem.device)
+
+
+def combine(lora_A, lora_B, ref_A, ref_B, mix_A, mix_B) -> tuple[list[Tensor], list[Tensor]]:
+    problem = check(lora_A, lora_B, ref_A, ref_B, None, 0.0, "joint")
+    shape = (problem.layers, problem.clients, problem.rank, problem.rank)
+    check_mix(shape, problem.compute_dtype, problem.device, mix_A, mix_B)
+    client_A, client_B, left, right = (_float64(t) for t in (lora_A, lora_B, mix_A, mix_B))
+    out_A = [torch.zeros(r, k, dtype=torch.float64) for _, k, r in problem.shapes]
+    out_B = [torch.zeros(d, r, dtype=torch.float64) for d, _, r in problem.shapes]
+    for index, r_i in enumerate(problem.ranks):
+        client, layer = divmod(index, problem.layers)
+        r = problem.shapes[layer][2]
+        out_A[layer] += left[layer][client, :r_i, :r].T @ client_A[index]
+        out_B[layer] += client_B[index] @ right[layer][client, :r_i, :r]
+    A = [t.to(problem.out_dtype) for t in out_A]
+    B = [t.to(problem.out_dtype) for t in out_B]
+    if not all(bool(torch.isfinite(t).all()) for t in [*A, *B]):
+        check_finite(problem.layers, lora_A=lora_A, lora_B=lora_B)
+        raise ValueError(NOT_COMBINED)
+    return [t.to(problem.device) for t in A], [t.to(problem.device) for t in B]
+
+
 def register(dispatch_key: str) -> None:
     """Make this the implementation of every operator for one dispatch key."""
-    for function in (align_aggregate, align, polar):
+    for function in (align_aggregate, align, polar, gram, combine):
         implement(function.__name__, dispatch_key, function)

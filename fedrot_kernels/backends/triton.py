@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedrot_kernels.backends import reference
+from fedrot_kernels.backends import matmul, reference
 from fedrot_kernels.backends.gpu import Layout
 from fedrot_kernels.backends.triton_factors import apply_kernel, covariance_kernel
 from fedrot_kernels.backends.triton_rotation import polar_kernel, rotation_kernel
@@ -248,4 +248,5 @@ def register(dispatch_key: str = "CUDA") -> None:
     """Make this the implementation of every operator for one dispatch key."""
     for function in (align_aggregate, align, polar):
         implement(function.__name__, dispatch_key, function)
+    matmul.register(dispatch_key)
     implement_plan(dispatch_key.lower(), plan)

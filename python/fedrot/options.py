@@ -192,10 +192,16 @@ def _value(key: str, value: Any, hint: Any, f: dataclasses.Field[Any]) -> Any:
 
 
 def _typed(key: str, value: Any, hint: Any) -> Any:
-    if isinstance(hint, types.UnionType):  # `int | None`
-        if value is None:
+    if isinstance(hint, types.UnionType):  # `int | None`, `float | str`
+        hints = typing.get_args(hint)
+        if value is None and types.NoneType in hints:
             return None
-        (hint,) = (t for t in typing.get_args(hint) if t is not types.NoneType)
+        first, *others = (t for t in hints if t is not types.NoneType)
+        if type(value) in others:
+            with contextlib.suppress(FedrotError):  # 1e-2 is text to YAML
+                return _typed(key, value, first)
+            return value
+        hint = first
     if typing.get_origin(hint) is tuple:  # `tuple[int, ...]`, a YAML list
         if not isinstance(value, list | tuple) or not value:
             raise FedrotError(f"{key} must be a list such as [1, 2], got {value!r}")

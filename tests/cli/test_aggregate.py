@@ -102,6 +102,24 @@ def test_says_when_aligning_loses_more_than_plain_averaging(clients, tmp_path):
     assert fedrot("aggregate", b, "--reference", a, "-o", tmp_path / "o")[2] == ""
 
 
+def test_optimal_loses_least_and_the_reference_only_gives_the_basis(tmp_path):
+    """Errors fall from joint to gpa to optimal; lam auto is not above 0 or 1."""
+    folders = [write(tmp_path / name, seed) for seed, name in enumerate("abcd")]
+    out, errors = tmp_path / "merged", {}
+    for align in ("joint", "gpa", "optimal"):
+        for lam in ("0", "1", "auto"):
+            args = ("aggregate", *folders, "-o", out, "--force", "--align", align, "--lam", lam)
+            code, stdout, _ = fedrot(*args)
+            assert code == 0 and f"lam {lam}, align {align}" in stdout
+            provenance = json.loads((out / "fedrot_provenance.json").read_text())
+            assert provenance["method"]["align"] == align
+            errors[align, lam] = provenance["measured"]["error_aligned"]
+        least = min(errors[align, "0"], errors[align, "1"])
+        assert errors[align, "auto"] <= least * (1 + 1e-5)
+    assert errors["optimal", "1"] <= errors["gpa", "1"] * (1 + 1e-5)
+    assert errors["optimal", "1"] < 0.9 * errors["joint", "1"]
+
+
 def test_quiet_and_force(clients, tmp_path):
     out = tmp_path / "merged"
     assert fedrot("aggregate", *clients, "-o", out, "--quiet") == (0, "", "")
@@ -140,6 +158,7 @@ def test_other_base_model_is_said_on_stderr(clients, tmp_path):
         (["a", "b", "-o", "out", "--weights", "1"], "1 values for 2 adapters"),
         (["a", "b", "-o", "out", "--weights", "0,0"], "not all zero"),
         (["a", "b", "-o", "out", "--lam", "1.5"], "lam must lie in [0, 1], got 1.5"),
+        (["a", "b", "-o", "out", "--lam", "half"], "lam must be a number or auto, got 'half'"),
         (["a", "b", "-o", "out", "--rank", "0"], "--rank must be at least 1, got 0"),
     ],
 )

@@ -79,7 +79,7 @@ def test_tree_round_trips_through_yaml():
         ("local.optimizer=sdg", "local.optimizer must be one of sgd, adam, adamw, got 'sdg'"),
         ("task.test_fraction=1", "task.test_fraction must be below 1, got 1.0"),
         ("method.lam=2", "method.lam must lie in [0, 1], got 2.0"),
-        ("method.align=C", "method.align must be joint, A, B or alternate, got 'C'"),
+        ("method.align=C", "method.align must be joint, A, B, gpa, optimal or alternate, got 'C'"),
         ("method=fedit", "method must hold options such as method.name, got 'fedit'"),
         ("local=3", "local must hold options, got 3"),
         ("start=own", "start=own merges once, so rounds must be 1, got 12"),

@@ -147,7 +147,7 @@ def test_reference_of_the_round_before():
     ("options", "message"),
     [
         ({"lam": 1.5}, r"lam must lie in \[0, 1\], got 1.5"),
-        ({"rotation": "scalar"}, "rotation must be procrustes, random or scale, got 'scalar'"),
+        ({"rotation": "scalar"}, "rotation must be procrustes, random, scale or shifted, got"),
         ({"rotation": "scale"}, "align must be A, B or alternate for rotation=scale"),
         ({"lag": 3}, "lag must be 1 or 2, got 3"),
     ],

@@ -12,6 +12,7 @@ from fedrot.adapters.uploads import Uploads, delta
 from fedrot.factors import Factors
 from fedrot.methods import FedIT, FedRot, Method
 from fedrot.metrics import aggregation_error, rotation_angles, total
+from fedrot_kernels import ALIGN_MODES
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def measure(uploads: Uploads, method: Method, aligned: Factors | None = None) ->
     plain = FedIT().aggregate(uploads.clients, uploads.reference, uploads.weights)
     scaled = [delta(client, uploads.scalings) for client in uploads.clients]
     rotation = method if isinstance(method, FedRot) else FedRot()
-    angles = rotation_angles(uploads.clients, uploads.reference, rotation.align, rotation.proper)
+    align = rotation.align if rotation.align in ALIGN_MODES else "joint"
+    angles = rotation_angles(uploads.clients, uploads.reference, align, rotation.proper)
     pairs = [len(layer.pairs) for layer in uploads.target.keys.layers.values()]
     return Misalignment(
         torch.stack([part.mean(1) for part in angles.split(pairs, 1)], 1),

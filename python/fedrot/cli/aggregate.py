@@ -21,6 +21,16 @@ class Align(str, Enum):
     joint = "joint"
     A = "A"
     B = "B"
+    gpa = "gpa"
+    optimal = "optimal"
+
+
+def read_lam(text: str) -> float | str:
+    """`--lam`: a number, or `auto`."""
+    try:
+        return float(text)
+    except ValueError:
+        return text  # the method says what is wrong with it
 
 
 @user_errors
@@ -40,7 +50,10 @@ def aggregate(
         str | None,
         typer.Option(help="3,1 or a JSON file: a list, or an object by folder name."),
     ] = None,
-    lam: Annotated[float, typer.Option(help="0: plain average, 1: whole rotation.")] = 1.0,
+    lam: Annotated[
+        str,
+        typer.Option(help="0: plain average, 1: whole rotation; auto: least error, by layer."),
+    ] = "1.0",
     align: Annotated[Align, typer.Option(help="Factors the rotation is fitted to.")] = Align.joint,
     proper: Annotated[
         bool, typer.Option("--proper/--improper", help="Rotations only, or reflections too.")
@@ -55,7 +68,7 @@ def aggregate(
     from fedrot import adapters
     from fedrot.methods import FedRot
 
-    method = FedRot(lam, align.value, proper)
+    method = FedRot(read_lam(lam), align.value, proper)
     adapters.check_distinct(clients)
     adapters.check_output(output, [*clients, *([reference] if reference else [])], force)
     parsed = adapters.parse_weights(weights, clients)
@@ -76,7 +89,8 @@ def _report(merged: Merged, method: FedRot, output: Path, first: bool) -> None:
     ranks = ", ".join(str(rank) for rank in sorted({layer.rank for layer in layers}))
     summary = measured.summary()
     of = " (the first client; choose another with --reference)" if first else ""
-    how = f"lam {method.lam:g}, align {method.align}"
+    lam = method.lam if isinstance(method.lam, str) else f"{method.lam:g}"
+    how = f"lam {lam}, align {method.align}"
     rows = [
         ("clients", str(len(uploads.adapters))),
         ("reference", f"{uploads.target.source}{of}"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedrot.cli._run import user_errors
-from fedrot.cli.aggregate import Align, error_text
+from fedrot.cli.aggregate import Align, error_text, read_lam
 
 if TYPE_CHECKING:
     from fedrot.adapters import Adapter, Misalignment, Uploads
@@ -28,7 +28,10 @@ def inspect(
         str | None,
         typer.Option(help="3,1 or a JSON file: a list, or an object by folder name."),
     ] = None,
-    lam: Annotated[float, typer.Option(help="0: plain average, 1: whole rotation.")] = 1.0,
+    lam: Annotated[
+        str,
+        typer.Option(help="0: plain average, 1: whole rotation; auto: least error, by layer."),
+    ] = "1.0",
     align: Annotated[Align, typer.Option(help="Factors the rotation is fitted to.")] = Align.joint,
     rank: Annotated[
         int | None, typer.Option(help="Pad the reference to this rank first.", show_default=False)
@@ -39,7 +42,7 @@ def inspect(
     from fedrot import adapters
     from fedrot.methods import FedRot
 
-    method = FedRot(lam, align.value)
+    method = FedRot(read_lam(lam), align.value)
     adapters.check_distinct(folders)
     parsed = adapters.parse_weights(weights, folders)
     read = [adapters.read_adapter(path) for path in folders]

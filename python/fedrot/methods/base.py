@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-import fedrot_kernels  # noqa: F401  (registers torch.ops.fedrot)
 from fedrot.factors import Factors, client_major, truncate
+from fedrot_kernels import ALIGN_MODES, rspace
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,19 @@ class Method(ABC):
 
     Class attributes say what goes together with what: ``folds``, the difference between the exact
     average and the aggregate goes into the frozen weights; ``personal``, every client keeps its
-    ``B``; ``same_A``, factors mean nothing unless all clients hold one ``A``; ``steady_basis``,
-    the aggregate stays in the basis of the last one, so a server optimizer can follow it.
+    ``B``; ``same_A``, factors mean nothing unless all clients hold one ``A``.
     """
 
     name: ClassVar[str]
     folds: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     same_A: ClassVar[bool] = False
-    steady_basis: ClassVar[bool] = True
+
+    @property
+    def steady_basis(self) -> bool:
+        """Whether the aggregate stays in the basis of the last one, so that a server optimizer
+        can follow it."""
+        return not self.folds  # what was folded belongs to the factors as they are
 
     def parts(self, round: int) -> str:
         """Which factors the clients train in a round (from 0): ``"AB"``, ``"A"`` or ``"B"``."""
@@ -97,27 +101,43 @@ def average(
     reference: Factors,
     weights: Tensor | None = None,
     *,
-    lam: float = 0.0,
+    lam: float | str = 0.0,
     align: str = "joint",
     proper: bool = True,
 ) -> Factors:
-    """``torch.ops.fedrot.align_aggregate`` on :class:`Factors`; ``lam=0`` is the plain mean."""
+    """``torch.ops.fedrot.align_aggregate`` on :class:`Factors`; ``lam=0`` is the plain mean. What
+    the operator has no rotation for, ``rspace.aggregate`` finds."""
+    operator = align in ALIGN_MODES and lam != "auto"
+    function = torch.ops.fedrot.align_aggregate if operator else rspace.aggregate
+    arguments = _arguments(uploads, reference)
+    return _factors(reference, function(*arguments, weights, lam=lam, align=align, proper=proper))
+
+
+def in_rspace(
+    uploads: Sequence[Factors],
+    reference: Factors,
+    weights: Tensor | None,
+    solve: rspace.Solver,
+) -> Factors:
+    """``rspace.combined`` on :class:`Factors`."""
+    arguments = _arguments(uploads, reference)
+    return _factors(reference, rspace.combined(*arguments, weights, solve))
+
+
+def _arguments(
+    uploads: Sequence[Factors], reference: Factors
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     lora_A, lora_B = client_major(uploads)
     if list(uploads[0].A) != list(reference.A):
         raise ValueError(
             f"clients have layers {list(uploads[0].A)}, the reference has {list(reference.A)}"
         )
-    A, B = torch.ops.fedrot.align_aggregate(
-        lora_A,
-        lora_B,
-        list(reference.A.values()),
-        list(reference.B.values()),
-        weights,
-        lam=lam,
-        align=align,
-        proper=proper,
-    )
-    return Factors(dict(zip(reference.A, A, strict=True)), dict(zip(reference.B, B, strict=True)))
+    return lora_A, lora_B, list(reference.A.values()), list(reference.B.values())
+
+
+def _factors(like: Factors, result: tuple[list[Tensor], list[Tensor]]) -> Factors:
+    A, B = result
+    return Factors(dict(zip(like.A, A, strict=True)), dict(zip(like.B, B, strict=True)))
 
 
 def stacked(

@@ -12,19 +12,31 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fedrot.factors import Factors
-from fedrot.methods.base import Method, average, drawing, stacked
+from fedrot.methods.base import Method, average, drawing, in_rspace, stacked
+from fedrot_kernels import rspace
 
 
 @dataclass(frozen=True)
 class FlexLoRA(Method):
     """The best rank-r approximation of ``sum_i w_i B_i A_i`` (arXiv 2402.11505).
 
-    ``A`` has orthonormal rows, ``B`` carries the singular values, as published; they are sorted,
-    so a client of smaller rank starts from the best approximation of its own rank.
+    ``gauge="singular"``, as published: ``A`` has orthonormal rows, ``B`` carries the singular
+    values; they are sorted, so a client of smaller rank starts from the best approximation of its
+    own rank. ``gauge="reference"``: the same product, rotated to the reference and with its ratio
+    of norms, so that momentum and factors of clients that sat out still fit.
     """
 
     name: ClassVar[str] = "FlexLoRA"
-    steady_basis: ClassVar[bool] = False  # singular vectors turn and swap from round to round
+
+    gauge: str = "singular"
+
+    def __post_init__(self) -> None:
+        if self.gauge not in ("singular", "reference"):
+            raise ValueError(f"gauge must be singular or reference, got {self.gauge!r}")
+
+    @property
+    def steady_basis(self) -> bool:
+        return self.gauge == "reference"  # singular vectors turn and swap from round to round
 
     def aggregate(
         self,
@@ -35,6 +47,8 @@ class FlexLoRA(Method):
         round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Factors:
+        if self.gauge == "reference":
+            return in_rspace(uploads, reference, weights, rspace.truncation)
         A, B = {}, {}
         for module, like in reference.A.items():
             A_r, B_r = truncation(*stacked(uploads, module, weights), rank=like.shape[0])
@@ -49,7 +63,6 @@ class FedExLoRA(Method):
 
     name: ClassVar[str] = "FedEx-LoRA"
     folds: ClassVar[bool] = True
-    steady_basis: ClassVar[bool] = False  # the residual belongs to the unchanged average
 
     def aggregate(
         self,
@@ -71,7 +84,6 @@ class FLoRA(Method):
 
     name: ClassVar[str] = "FLoRA"
     folds: ClassVar[bool] = True
-    steady_basis: ClassVar[bool] = False
 
     def aggregate(
         self,

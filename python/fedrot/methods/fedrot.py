@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fedrot.factors import Factors
 from fedrot.gauge import regauge
-from fedrot.methods.base import Method, Server, average, drawing, wide
+from fedrot.methods.base import Method, Server, average, drawing, in_rspace, wide
+from fedrot_kernels import rspace
 
 
 @dataclass(frozen=True)
@@ -19,38 +20,55 @@ class FedRot(Method):
     """Rotate each client toward the reference, then average (FedRot-LoRA, arXiv 2602.23638).
 
     ``align``: what the rotation is fitted to, ``"joint"``, ``"A"``, ``"B"``, or the paper's
-    ``"alternate"``: round 0 unaligned, then A in odd and B in even rounds.
+    ``"alternate"``: round 0 unaligned, then A in odd and B in even rounds. Beyond the paper,
+    ``"gpa"``: the mean of the aligned clients, and ``"optimal"``: the aggregation error itself;
+    both take no more than the basis of the result from the reference. ``lam``: how far to turn,
+    or ``"auto"``: in each layer the value of least aggregation error.
 
     For ablations, ``rotation``: ``"random"`` turns every client by a rotation of its own,
     ``"scale"`` replaces the rotation by the scalar ``s`` that fits ``s A_i`` to ``A_ref`` (or
-    ``s B_i`` to ``B_ref``), to the power ``lam``, the other factor being divided by it. ``lag=2``:
-    the reference is the global adapter of a round before the one that the clients started from.
+    ``s B_i`` to ``B_ref``), to the power ``lam``, the other factor being divided by it;
+    ``"shifted"`` is ``polar(M + eps |M| I)`` in the place of the soft rotation. ``lag=2``: the
+    reference is the global adapter of a round before the one that the clients started from.
     """
 
     name: ClassVar[str] = "FedRot-LoRA"
 
-    lam: float = 0.4
+    lam: float | str = 0.4
     align: str = "joint"
     proper: bool = True
     rotation: str = "procrustes"
     lag: int = 1
+    eps: float = 0.03
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.lam <= 1.0:
-            raise ValueError(f"lam must lie in [0, 1], got {self.lam}")
-        if self.align not in ("joint", "A", "B", "alternate"):
-            raise ValueError(f"align must be joint, A, B or alternate, got {self.align!r}")
-        if self.rotation not in ("procrustes", "random", "scale"):
-            raise ValueError(f"rotation must be procrustes, random or scale, got {self.rotation!r}")
-        if self.rotation == "scale" and self.align == "joint":
-            raise ValueError("align must be A, B or alternate for rotation=scale, got 'joint'")
+        rspace.check_lam(self.lam)
+        if self.align not in (*rspace.ALIGN, "alternate"):
+            known = ", ".join(rspace.ALIGN)
+            raise ValueError(f"align must be {known} or alternate, got {self.align!r}")
+        if self.rotation not in ("procrustes", "random", "scale", "shifted"):
+            raise ValueError(
+                f"rotation must be procrustes, random, scale or shifted, got {self.rotation!r}"
+            )
+        if self.rotation == "scale" and self.align not in ("A", "B", "alternate"):
+            raise ValueError(
+                f"align must be A, B or alternate for rotation=scale, got {self.align!r}"
+            )
+        if self.rotation == "scale" and self.lam == "auto":
+            raise ValueError("lam must be a number for rotation=scale, got 'auto'")
+        if self.rotation == "shifted" and self.align in ("gpa", "optimal"):
+            raise ValueError(
+                f"align must be joint, A, B or alternate for rotation=shifted, got {self.align!r}"
+            )
+        if self.eps < 0:
+            raise ValueError(f"eps must not be negative, got {self.eps}")
         if self.lag not in (1, 2):
             raise ValueError(f"lag must be 1 or 2, got {self.lag}")
 
     def reference(self, server: Server) -> Factors:
         return server.previous if self.lag == 2 and server.previous else server.factors
 
-    def schedule(self, round: int) -> tuple[float, str]:
+    def schedule(self, round: int) -> tuple[float | str, str]:
         """``lam`` and ``align`` of a round, from 0, as the operator takes them."""
         if self.align != "alternate":
             return self.lam, self.align
@@ -70,10 +88,19 @@ class FedRot(Method):
             generator = drawing(generator, round)
             uploads = [regauge(u, generator, proper=self.proper) for u in uploads]
         elif self.rotation == "scale":
-            uploads = [_scaled(u, reference, align, lam) for u in uploads]
+            uploads = [_scaled(u, reference, align, float(lam)) for u in uploads]
+        elif self.rotation == "shifted" and lam != 0.0:  # 0 in the first round of `alternate`
+            return in_rspace(uploads, reference, weights, self._shifted(align))
         if self.rotation != "procrustes":
             return average(uploads, reference, weights)
         return average(uploads, reference, weights, lam=lam, align=align, proper=self.proper)
+
+    def _shifted(self, align: str) -> rspace.Solver:
+        def solve(blocks: rspace.Blocks) -> tuple[Tensor, Tensor]:
+            U = blocks.stacked(rspace.shifted(blocks, self.eps, align, proper=self.proper))
+            return U, U
+
+        return solve
 
 
 def _scaled(upload: Factors, reference: Factors, align: str, lam: float) -> Factors:

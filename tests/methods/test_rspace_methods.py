@@ -1,0 +1,154 @@
+"""FedRot-LoRA's rotations beyond the paper, and FlexLoRA in the gauge of the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedrot.config import load
+from fedrot.errors import FedrotError
+from fedrot.factors import Factors, truncate
+from fedrot.gauge import haar, regauge
+from fedrot.methods import FedIT, FedRot, FlexLoRA
+from fedrot.metrics import aggregation_error, total
+from fedrot.options import parse_overrides
+
+SHAPES = {"wide": (12, 30), "tall": (33, 9)}  # (d, k)
+R = 4
+
+
+def federation(ranks=(4, 4, 2, 3), seed=0, noise=1.0):
+    """Uploads that share something, each in a basis of its own."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    reference = Factors(
+        {m: normal(R, k) for m, (_, k) in SHAPES.items()},
+        {m: normal(d, R) for m, (d, _) in SHAPES.items()},
+    )
+    uploads = []
+    for rank in ranks:
+        own = regauge(reference, g)
+        noisy = Factors(
+            {m: A + noise * normal(*A.shape) for m, A in own.A.items()},
+            {m: B + noise * normal(*B.shape) for m, B in own.B.items()},
+        )
+        uploads.append(truncate(noisy, rank))
+    return uploads, reference, torch.tensor([1.0, 2.0, 0.5, 1.5])
+
+
+def error(uploads, result, weights):
+    return aggregation_error(uploads, result, weights)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_rule_loses_no_more_than_what_it_starts_from(seed):
+    """In every layer: optimal <= gpa, auto <= 0 and 1, and FlexLoRA, the bound, <= all."""
+    uploads, reference, weights = federation(seed=seed)
+
+    def lost(method):
+        return error(uploads, method.aggregate(uploads, reference, weights), weights)
+
+    found = {
+        name: lost(method)
+        for name, method in {
+            "plain": FedIT(),
+            "joint": FedRot(1.0),
+            "auto": FedRot("auto"),
+            "gpa": FedRot(1.0, "gpa"),
+            "optimal": FedRot(1.0, "optimal"),
+            "gpa auto": FedRot("auto", "gpa"),
+            "best": FlexLoRA("reference"),
+            "published": FlexLoRA(),
+        }.items()
+    }
+    for module in SHAPES:
+        of = {name: errors[module] for name, errors in found.items()}
+        for less, more in (
+            ("auto", "plain"),
+            ("auto", "joint"),
+            ("optimal", "gpa"),
+            ("gpa auto", "gpa"),
+            ("gpa auto", "plain"),
+            ("best", "optimal"),
+        ):
+            assert of[less] <= of[more] * (1 + 1e-9), (less, more)
+        assert of["best"] == pytest.approx(of["published"], rel=1e-6)
+    assert total(found["optimal"]) < 0.95 * total(found["joint"])
+
+
+def test_shifted_and_alternate():
+    uploads, reference, weights = federation()
+    plain = FedIT().aggregate(uploads, reference, weights)
+    shifted = FedRot(align="alternate", rotation="shifted")
+    first = shifted.aggregate(uploads, reference, weights, round=0)
+    assert all(torch.equal(first.A[m], plain.A[m]) for m in SHAPES)
+    odd = shifted.aggregate(uploads, reference, weights, round=1)
+    of_A = FedRot(align="A", rotation="shifted").aggregate(uploads, reference, weights)
+    assert all(torch.equal(odd.B[m], of_A.B[m]) for m in SHAPES)
+    hard = FedRot(align="A", rotation="shifted", eps=0.0).aggregate(uploads, reference, weights)
+    expected = FedRot(1.0, "A").aggregate(uploads, reference, weights)
+    for m in SHAPES:
+        torch.testing.assert_close(hard.A[m], expected.A[m], rtol=0, atol=1e-9)
+        assert float((of_A.A[m] - expected.A[m]).abs().max()) > 1e-3
+
+
+def test_flexlora_in_the_gauge_of_the_reference_stays_there():
+    """Clients that are one adapter in other bases: that adapter comes back in the basis of the
+    reference, where it is of the kind that training leaves, ``B^T B - A A^T`` a multiple of ``I``;
+    and a server optimizer may follow it, which the singular vectors do not allow."""
+    g = torch.Generator().manual_seed(1)
+    basis = [
+        torch.linalg.qr(torch.randn(n, R, generator=g, dtype=torch.float64)).Q for n in (30, 12)
+    ]
+    sizes = torch.tensor([2.0, 1.0, 0.5, 0.1], dtype=torch.float64)
+    turn = haar(R, g)
+    A = turn.T @ (sizes.square() + 0.3).sqrt().diag() @ basis[0].T
+    B = basis[1] @ sizes.diag() @ turn
+    reference = Factors({"m": A}, {"m": B})
+    uploads = [regauge(reference, g) for _ in range(3)]
+    out = FlexLoRA("reference").aggregate(uploads, reference)
+    torch.testing.assert_close(out.A["m"], A, rtol=0, atol=1e-6)
+    torch.testing.assert_close(out.B["m"], B, rtol=0, atol=1e-6)
+    options = ["method.name=flexlora", "server.optimizer=fedavgm"]
+    with pytest.raises(FedrotError, match=r"FlexLoRA cannot go with server.optimizer=fedavgm"):
+        load(parse_overrides(options))
+    assert load(parse_overrides([*options, "method.gauge=reference"])).method.steady_basis
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("auto", "auto"), ("1e-1", 0.1), ("1", 1.0), (".25", 0.25)]
+)
+def test_lam_is_a_number_or_auto(text, value):
+    config = load(parse_overrides([f"method.lam={text}", "method.align=optimal"]))
+    assert config.method.lam == value and type(config.method.lam) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["method.lam=best"], "method.lam must be a number or auto, got 'best'"),
+        (["method.lam=true"], "method.lam must be a number"),
+        (["method.align=gpo"], "align must be joint, A, B, gpa, optimal or alternate, got 'gpo'"),
+        (
+            ["method.rotation=shifted", "method.align=gpa"],
+            "align must be joint, A, B or alternate for rotation=shifted, got 'gpa'",
+        ),
+        (
+            ["method.rotation=scale", "method.align=optimal"],
+            "align must be A, B or alternate for rotation=scale, got 'optimal'",
+        ),
+        (
+            ["method.rotation=scale", "method.align=A", "method.lam=auto"],
+            "lam must be a number for rotation=scale",
+        ),
+        (["method.eps=-1"], "eps must not be negative"),
+        (["method.name=flexlora", "method.gauge=x"], "gauge must be singular or reference"),
+    ],
+)
+def test_refused(options, message):
+    with pytest.raises(FedrotError) as refused:
+        load(parse_overrides(options))
+    assert message in str(refused.value)
