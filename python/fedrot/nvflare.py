@@ -73,7 +73,7 @@ class FedRotAggregator(ModelAggregator):
         nonfinite: str = "raise",
     ) -> None:
         super().__init__()
-        self._method = FedRot(lam=lam, align=align, proper=proper)
+        self._method = FedRot.one_by_one(lam, align, proper)
         if nonfinite not in ("raise", "drop"):
             raise ValueError(f"nonfinite must be raise or drop, got {nonfinite!r}")
         # NVFLARE writes the job from the attributes that are called as the arguments.

@@ -50,7 +50,7 @@ class FedRotMod:
         proper: bool = True,
         names: Sequence[str] | None = None,
     ) -> None:
-        self.method = methods.FedRot(lam, align, proper)
+        self.method = methods.FedRot.one_by_one(lam, align, proper)
         self.names = None if names is None else tuple(names)
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -204,7 +204,7 @@ class _Alignment:
             raise ValueError(f"nonfinite must be raise or drop, got {nonfinite!r}")
         if rounds_done < 0:
             raise ValueError(f"rounds_done must not be negative, got {rounds_done}")
-        self.method = methods.FedRot(lam, align, proper)
+        self.method = methods.FedRot.one_by_one(lam, align, proper)
         self.drop = nonfinite == "drop"
         self.rounds_done = rounds_done
         self._reference: Reference | None = None
@@ -236,7 +236,7 @@ class _Alignment:
         dtype = next(iter(first.A.values())).dtype
         lam, align = self.method.schedule(round - 1)
         return StreamingAggregator(
-            self.reference.factors(dtype), lam=lam, align=align, proper=self.method.proper
+            self.reference.factors(dtype), lam=float(lam), align=align, proper=self.method.proper
         )
 
     def received(self, replies: Iterable[Message]) -> Iterator[tuple[Message, _Upload | None]]:

@@ -65,6 +65,20 @@ class FedRot(Method):
         if self.lag not in (1, 2):
             raise ValueError(f"lag must be 1 or 2, got {self.lag}")
 
+    @classmethod
+    def one_by_one(cls, lam: float, align: str, proper: bool) -> FedRot:
+        """For engines that see a client at a time.
+
+        Raises:
+            ValueError: an option is out of its range, or looks at all clients at once.
+        """
+        if lam == "auto" or align in ("gpa", "optimal"):
+            raise ValueError(
+                "lam=auto, align=gpa and align=optimal look at all clients at once, which this "
+                f"engine never has; got lam={lam}, align={align}"
+            )
+        return cls(lam, align, proper)
+
     def reference(self, server: Server) -> Factors:
         return server.previous if self.lag == 2 and server.previous else server.factors
 
