@@ -223,8 +223,8 @@ def test_global_arrays_without_factors(make, arrays, message):
 def test_options(make):
     for option, message in (
         ({"lam": 1.5}, r"lam must lie in \[0, 1\], got 1.5"),
-        ({"align": "gpa"}, "align=gpa"),
-        ({"lam": "auto"}, "lam=auto"),
+        ({"align": "gpa"}, "align must be joint, A, B or alternate, got 'gpa'"),
+        ({"lam": "auto"}, "lam must be a number, got 'auto'"),
         ({"align": "C"}, "align must be joint, A, B or alternate, got 'C'"),
         ({"nonfinite": "ignore"}, "nonfinite must be raise or drop, got 'ignore'"),
         ({"rounds_done": -1}, "rounds_done must not be negative, got -1"),

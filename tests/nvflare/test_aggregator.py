@@ -396,7 +396,7 @@ def test_as_scatter_and_gather_calls_it():
     ("options", "message"),
     [
         ({"lam": 1.5}, r"lam must lie in \[0, 1\], got 1.5"),
-        ({"align": "optimal"}, "look at all clients at once"),
+        ({"align": "optimal"}, "looks at all clients at once"),
         ({"align": "C"}, "align must be joint, A, B or alternate, got 'C'"),
         ({"nonfinite": "skip"}, "nonfinite must be raise or drop, got 'skip'"),
     ],

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedrot.factors import Factors
 from fedrot.gauge import regauge
 from fedrot.methods.base import Method, Server, average, drawing, in_rspace, wide
-from fedrot_kernels import rspace
+from fedrot_kernels import ALIGN_MODES, rspace
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class FedRot(Method):
         Raises:
             ValueError: an option is out of its range, or looks at all clients at once.
         """
-        if lam == "auto" or align in ("gpa", "optimal"):
-            raise ValueError(
-                "lam=auto, align=gpa and align=optimal look at all clients at once, which this "
-                f"engine never has; got lam={lam}, align={align}"
-            )
+        at_once = "what looks at all clients at once is not for an engine that never has them"
+        if align not in (*ALIGN_MODES, "alternate"):
+            raise ValueError(f"align must be joint, A, B or alternate, got {align!r}; {at_once}")
+        if lam == "auto":
+            raise ValueError(f"lam must be a number, got 'auto'; {at_once}")
         return cls(lam, align, proper)
 
     def reference(self, server: Server) -> Factors:
