@@ -36,7 +36,7 @@ SWITCHES = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--nodes", type=int, default=2, help="SuperNodes, and parts of the data")
-    parser.add_argument("--out", type=Path, default=Path("adapter"), help="the global adapter")
+    parser.add_argument("--out", type=Path, default=Path("runs/flower"), help="the adapter")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for everything")
     parser.add_argument("-c", "--run-config", default="", help="as of `flwr run`: 'rounds=2'")
     options = parser.parse_args()

@@ -19,7 +19,7 @@ from fedrot.adapters.layers import factor_keys
 pytestmark = pytest.mark.integration
 
 RUN = Path(__file__).resolve().parents[2] / "examples" / "flower" / "run.py"
-LIMIT = 900  # dozens of processes that import torch each: two minutes on two idle cores
+LIMIT = 900  # processes that import torch each: seven minutes on two cores that ten jobs shared
 
 
 @pytest.fixture
