@@ -46,7 +46,6 @@ class Form:
     merge: Callable[[PeftModel, list[str], float], None]
     slow: bool = False
     timed: bool = True
-    like: str | None = None  # another form with the same result, whose error is taken
 
 
 def by_peft(
@@ -88,7 +87,6 @@ def rescaled(n: int, density: float) -> float:
     return density**2
 
 
-REDUCED = {"svd_full_matrices": False}
 FORMS = [
     Form("linear", partial(by_peft, "linear", squared)),
     Form("magnitude_prune", partial(by_peft, "magnitude_prune", squared)),
@@ -96,12 +94,9 @@ FORMS = [
     Form("dare_linear", partial(by_peft, "dare_linear", squared)),
     Form("dare_ties", partial(by_peft, "dare_ties", rescaled)),
     Form("cat", partial(by_peft, "cat", mean)),
-    Form("svd", partial(by_peft, "svd", mean), slow=True, like="svd, reduced"),
-    Form("svd, reduced", partial(by_peft, "svd", mean, **REDUCED), slow=True),
-    Form("ties_svd", partial(by_peft, "ties_svd", one, **REDUCED), slow=True, timed=False),
-    Form(
-        "dare_linear_svd", partial(by_peft, "dare_linear_svd", mean, **REDUCED), True, timed=False
-    ),
+    Form("svd", partial(by_peft, "svd", mean), slow=True),
+    Form("ties_svd", partial(by_peft, "ties_svd", one), slow=True, timed=False),
+    Form("dare_linear_svd", partial(by_peft, "dare_linear_svd", mean), slow=True, timed=False),
     Form("fedrot: FedIT()", partial(by_fedrot, FedIT())),
     Form("fedrot: FedRot(1.0)", partial(by_fedrot, FedRot(1.0))),
     Form("fedrot: FedRot(1.0), improper", partial(by_fedrot, FedRot(1.0, proper=False))),
@@ -236,9 +231,8 @@ def run(quick: bool, rounds: int, seeds: int) -> dict[str, Any]:
         if name == "copies":
             continue
         model, names = layer(adapters)
-        errors = {f.name: error(f, model, names) for f in forms if f.like is None}
-        result["errors"][name] = {f.name: errors[f.like or f.name] for f in forms}
-        print(name, errors, flush=True)
+        result["errors"][name] = {form.name: error(form, model, names) for form in forms}
+        print(name, result["errors"][name], flush=True)
         if name == "bases of their own":
             timed = [form for form in forms if form.timed]
             result["times"] = times(timed, model, names, rounds)

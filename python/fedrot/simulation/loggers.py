@@ -80,13 +80,14 @@ class WeightsAndBiases(Logger):
         if not name.is_file():
             folder.mkdir(exist_ok=True)
             write_text(name, secrets.token_hex(4))
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
         self.run: Any = wandb.init(
             dir=run.path,
             id=name.read_text(encoding="utf-8"),
             resume="allow",
             name=run.path.as_posix(),
             project=os.environ.get("WANDB_PROJECT", "fedrot"),
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=mode,
             config=config,
             # Neither its banner nor a copy of ours: what the terminal shows is the command's.
             settings=wandb.Settings(silent=True, console="off"),
