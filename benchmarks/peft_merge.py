@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import fedrot
 from fedrot.bench import machine
 from fedrot.bench.tables import markdown
+from fedrot.bench.tables import times as times_of
 from fedrot.config import load
 from fedrot.factors import Factors
 from fedrot.files import write_json
@@ -35,7 +36,7 @@ from fedrot.simulation.adapter import set_head
 from fedrot.simulation.rounds import prepare, train_round
 
 SIZE, RANK, CLIENTS, DENSITY = 2048, 16, 8, 0.5
-MERGED = "merged"
+MERGED, ALONE = "merged", "one client alone"
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def accuracies(forms: Sequence[Form], start: str, seed: int) -> dict[str, float]
             model.set_adapter(name)
             return config.task.evaluate(model.eval(), federation.data.test)["accuracy"]
 
-        found = {"one client alone": statistics.fmean(score(name) for name in names)}
+        found = {ALONE: statistics.fmean(score(name) for name in names)}
         for form in forms:
             torch.manual_seed(seed)
             form.merge(model, names, DENSITY)
@@ -253,16 +254,25 @@ def tables(result: dict[str, Any]) -> str:
     rows = []
     for name in errors["one basis"]:
         timing = result["times"].get(name)
-        seconds = f"{timing['median']:.3g} s" if timing else ""
-        ratio = f"{timing['median'] / fedrot_time:.2g}x" if timing else ""
-        rows.append([f"`{name}`", seconds, ratio, *(f"{e[name]:.2g}" for e in errors.values())])
+        seconds = seconds_text(timing["median"]) if timing else ""
+        ratio = times_of(timing["median"] / fedrot_time) if timing else ""
+        rows.append(
+            [f"`{name}`", seconds, ratio, *(f"{round(e[name], 6):.2g}" for e in errors.values())]
+        )
     first = markdown(("form", "time", "of FedRot", *errors), rows)
     labels = list(result["accuracy"])
     rows = [
-        [name, *(mean_std(result["accuracy"][label][name]) for label in labels)]
+        [
+            name if name == ALONE else f"`{name}`",
+            *(mean_std(result["accuracy"][label][name]) for label in labels),
+        ]
         for name in result["accuracy"][labels[0]]
     ]
     return first + "\n" + markdown(("form", *labels), rows)
+
+
+def seconds_text(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 def mean_std(values: Sequence[float]) -> str:
