@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import fedrot
 from fedrot.bench import machine
 from fedrot.bench.tables import markdown
+from fedrot.bench.tables import times as times_of
 from fedrot.config import load
 from fedrot.factors import Factors
 from fedrot.files import write_json
@@ -35,7 +36,7 @@ from fedrot.simulation.adapter import set_head
 from fedrot.simulation.rounds import prepare, train_round
 
 SIZE, RANK, CLIENTS, DENSITY = 2048, 16, 8, 0.5
-MERGED = "merged"
+MERGED, ALONE = "merged", "one client alone"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ class Form:
     merge: Callable[[PeftModel, list[str], float], None]
     slow: bool = False
     timed: bool = True
-    like: str | None = None  # another form with the same result, whose error is taken
 
 
 def by_peft(
@@ -88,7 +88,6 @@ def rescaled(n: int, density: float) -> float:
     return density**2
 
 
-REDUCED = {"svd_full_matrices": False}
 FORMS = [
     Form("linear", partial(by_peft, "linear", squared)),
     Form("magnitude_prune", partial(by_peft, "magnitude_prune", squared)),
@@ -96,12 +95,9 @@ FORMS = [
     Form("dare_linear", partial(by_peft, "dare_linear", squared)),
     Form("dare_ties", partial(by_peft, "dare_ties", rescaled)),
     Form("cat", partial(by_peft, "cat", mean)),
-    Form("svd", partial(by_peft, "svd", mean), slow=True, like="svd, reduced"),
-    Form("svd, reduced", partial(by_peft, "svd", mean, **REDUCED), slow=True),
-    Form("ties_svd", partial(by_peft, "ties_svd", one, **REDUCED), slow=True, timed=False),
-    Form(
-        "dare_linear_svd", partial(by_peft, "dare_linear_svd", mean, **REDUCED), True, timed=False
-    ),
+    Form("svd", partial(by_peft, "svd", mean), slow=True),
+    Form("ties_svd", partial(by_peft, "ties_svd", one), slow=True, timed=False),
+    Form("dare_linear_svd", partial(by_peft, "dare_linear_svd", mean), slow=True, timed=False),
     Form("fedrot: FedIT()", partial(by_fedrot, FedIT())),
     Form("fedrot: FedRot(1.0)", partial(by_fedrot, FedRot(1.0))),
     Form("fedrot: FedRot(1.0), improper", partial(by_fedrot, FedRot(1.0, proper=False))),
@@ -208,7 +204,7 @@ def accuracies(forms: Sequence[Form], start: str, seed: int) -> dict[str, float]
             model.set_adapter(name)
             return config.task.evaluate(model.eval(), federation.data.test)["accuracy"]
 
-        found = {"one client alone": statistics.fmean(score(name) for name in names)}
+        found = {ALONE: statistics.fmean(score(name) for name in names)}
         for form in forms:
             torch.manual_seed(seed)
             form.merge(model, names, DENSITY)
@@ -236,9 +232,8 @@ def run(quick: bool, rounds: int, seeds: int) -> dict[str, Any]:
         if name == "copies":
             continue
         model, names = layer(adapters)
-        errors = {f.name: error(f, model, names) for f in forms if f.like is None}
-        result["errors"][name] = {f.name: errors[f.like or f.name] for f in forms}
-        print(name, errors, flush=True)
+        result["errors"][name] = {form.name: error(form, model, names) for form in forms}
+        print(name, result["errors"][name], flush=True)
         if name == "bases of their own":
             timed = [form for form in forms if form.timed]
             result["times"] = times(timed, model, names, rounds)
@@ -259,16 +254,25 @@ def tables(result: dict[str, Any]) -> str:
     rows = []
     for name in errors["one basis"]:
         timing = result["times"].get(name)
-        seconds = f"{timing['median']:.3g} s" if timing else ""
-        ratio = f"{timing['median'] / fedrot_time:.2g}x" if timing else ""
-        rows.append([f"`{name}`", seconds, ratio, *(f"{e[name]:.2g}" for e in errors.values())])
+        seconds = seconds_text(timing["median"]) if timing else ""
+        ratio = times_of(timing["median"] / fedrot_time) if timing else ""
+        rows.append(
+            [f"`{name}`", seconds, ratio, *(f"{round(e[name], 6):.2g}" for e in errors.values())]
+        )
     first = markdown(("form", "time", "of FedRot", *errors), rows)
     labels = list(result["accuracy"])
     rows = [
-        [name, *(mean_std(result["accuracy"][label][name]) for label in labels)]
+        [
+            name if name == ALONE else f"`{name}`",
+            *(mean_std(result["accuracy"][label][name]) for label in labels),
+        ]
         for name in result["accuracy"][labels[0]]
     ]
     return first + "\n" + markdown(("form", *labels), rows)
+
+
+def seconds_text(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 def mean_std(values: Sequence[float]) -> str:

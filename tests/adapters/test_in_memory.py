@@ -232,8 +232,8 @@ def test_wrong_inputs_are_named(tools):
     state, config = pair(model)
     cases = [
         (([],), {}, FedrotError, "no adapters to merge"),
-        ((model,), {}, TypeError, "adapters must be a list, got PeftModel"),
-        (("client-a",), {}, TypeError, "adapters must be a list, got str"),
+        ((model,), {}, TypeError, "adapters must be a list, .* got PeftModel"),
+        (("client-a",), {}, TypeError, "adapters must be a list, .* got str"),
         (([model, 3],), {}, TypeError, r"adapters\[1\] must be a folder, a PeftModel, .* got int"),
         (([state],), {}, TypeError, r"adapters\[0\] must be .* got dict"),
         (([(state, "lora")],), {}, TypeError, "configuration must be a LoraConfig, got str"),

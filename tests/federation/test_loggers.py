@@ -150,29 +150,37 @@ def test_a_finished_run_gets_its_log_from_its_metrics(tmp_path, monkeypatch):
     assert not (run / "tensorboard").exists()
 
 
-def test_wandb_offline_over_an_interruption(tmp_path, interrupt, monkeypatch):
+def test_wandb_offline_over_an_interruption(tmp_path, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    run = Path("runs/one")
-    interrupt(2)
-    with pytest.raises(KeyboardInterrupt):
-        federated(small(), run, log=["wandb"])
-    first = read_wandb(run)
-    assert [row["round"] for row in history(first)] == [1]
+    run = RunDir(Path("runs/one"))
+    run.path.mkdir(parents=True)
+    rows = [{"round": i, "accuracy": i / 8, "clients": [i]} for i in (1, 2, 3)]
+    config = small().tree()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        loggers.opened(["wandb"], run, config, []) as log,
+    ):
+        log(rows[0])
+        log(rows[1])
+        raise KeyboardInterrupt
+    first = read_wandb(run.path)
+    assert [row["round"] for row in history(first)] == [1, 2]
     assert next(r.exit.exit_code for r in first if r.WhichOneof("record_type") == "exit") == 1
-    interrupt(0)
-    federated(small(), run, resume=True, log=["wandb"])
-    records = read_wandb(run)
-    assert history(records) == metrics(run)
+    with loggers.opened(["wandb"], run, config, rows[:1]) as log:  # its checkpoint is of round 1
+        log(rows[1])
+        log(rows[2])
+    records = read_wandb(run.path)
+    assert history(records) == [{"round": i, "accuracy": i / 8} for i in (1, 2, 3)]
     begun, before = (
         next(r.run for r in found if r.WhichOneof("record_type") == "run")
         for found in (records, first)
     )
     assert (begun.project, begun.display_name) == ("fedrot", "runs/one")
     assert begun.run_id == before.run_id != ""
-    config = {c.key: c.value_json for c in begun.config.update}
-    assert config["rounds"] == "3" and '"fedit"' in config["method"]
+    found = {c.key: c.value_json for c in begun.config.update}
+    assert found["rounds"] == "3" and '"fedit"' in found["method"]
 
 
 def test_wandb_online_does_not_get_a_round_twice(tmp_path, monkeypatch):

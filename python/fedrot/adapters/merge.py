@@ -154,7 +154,10 @@ def aggregate(
         TypeError: an adapter is none of the above.
     """
     if isinstance(adapters, str) or not isinstance(adapters, Sequence):
-        raise TypeError(f"adapters must be a list, got {type(adapters).__name__}")
+        raise TypeError(
+            "adapters must be a list, as [(model, 'a'), (model, 'b')], "
+            f"got {type(adapters).__name__}"
+        )
     method = FedRot(lam=1.0) if method is None else method
     if method.folds or method.personal or method.same_A:
         raise FedrotError(f"method: {method.name} needs more than the adapters to merge them")
