@@ -74,6 +74,8 @@ WAYS = {
     "lora+": ["local.lr_ratio=8", "local.lr=0.1"],
     "clip": ["local.clip=0.05", "local.lr=3"],
     "epochs": ["local.epochs=1", "local.batch_size=20", "local.momentum=0.9", "local.lr=0.1"],
+    "micro-batches": ["local.micro_batch=5", "local.optimizer=adam", "local.lr=1e-2"],
+    "micro-batches of epochs": ["local.epochs=1", "local.batch_size=20", "local.micro_batch=8"],
     "two at a time": ["local.together=2"],
     "thin products": ["local.lr=0.3"],
     "head": ["local.lr=0.3"],
