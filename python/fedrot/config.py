@@ -59,10 +59,12 @@ class Clients:
 
 @dataclass(frozen=True)
 class Lora:
-    """The adapter: rank ``r`` and ``alpha``; the scaling is ``alpha / r``."""
+    """The adapter: rank ``r`` and ``alpha``; the scaling is ``alpha / r``. ``dropout``: of its
+    input while clients train."""
 
     r: int = option(4, at_least=1)
     alpha: int = option(8, at_least=1)
+    dropout: float = option(0.0, at_least=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Local:
     ``prox``: weight of FedProx's ``prox / 2 |theta - start|^2`` (arXiv 1812.06127). ``lr_ratio``:
     learning rate of ``B`` over that of ``A`` (LoRA+, arXiv 2402.12354). ``clip``: largest norm of
     a client's gradient. ``together``: how many clients go through the model at a time, ``null``
-    for all; the numbers are the same to rounding, the memory is not.
+    for all; ``micro_batch``: with how many examples of each, ``null`` for a whole batch, else
+    gradients are accumulated. The numbers are the same to rounding, the memory is not.
     """
 
     optimizer: str = option("sgd", choices=("sgd", "adam", "adamw"))
@@ -89,6 +92,7 @@ class Local:
     lr_ratio: float = option(1.0, above=0)
     clip: float | None = option(None, above=0)
     together: int | None = option(None, at_least=1)
+    micro_batch: int | None = option(None, at_least=1)
 
     def __post_init__(self) -> None:
         if self.momentum and self.optimizer != "sgd":
@@ -104,6 +108,9 @@ class Config:
 
     ``threads`` of PyTorch: one by default, so that numbers do not depend on the number of cores
     (and a model this small gains little from more); ``null`` leaves PyTorch's choice.
+
+    ``device``: where clients train and models are scored, ``auto`` is CUDA where there is one. The
+    server works on the CPU.
     """
 
     setting: str = option("rounds", choices=("rounds", "regauge", "one-shot"))
@@ -113,6 +120,7 @@ class Config:
     regauge: bool = option(False)
     validation: float = option(0.0, at_least=0, below=1)
     threads: int | None = option(1, at_least=1)
+    device: str = option("cpu", choices=("cpu", "cuda", "auto"))
     clients: Clients = field(default_factory=Clients)
     lora: Lora = field(default_factory=Lora)
     local: Local = field(default_factory=Local)

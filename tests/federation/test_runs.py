@@ -152,6 +152,17 @@ def test_what_a_run_folder_refuses(tmp_path):
         open_run(path, config)
     with pytest.raises(FedrotError, match=r"started with local\.lr=0\.3, now it is 0\.1"):
         open_run(path, merge(config, {"local": {"lr": 0.1}}), resume=True)
+    older = merge(config, {})  # from before there was such an option: it has its default
+    del older["local"]["micro_batch"], older["device"]
+    (path / "config.yaml").write_text(yaml.safe_dump(older))
+    assert open_run(path, config, resume=True).path == path
+    with pytest.raises(FedrotError, match=r"started with device=cpu, now it is auto"):
+        open_run(path, merge(config, {"device": "auto"}), resume=True)
+    for text in ("local: {", "", "local: {lrr: 1}"):
+        (path / "config.yaml").write_text(text)
+        with pytest.raises(FedrotError, match=r"config\.yaml is corrupt .*--force starts"):
+            open_run(path, config, resume=True)
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
     RunDir(path).finish({"accuracy": 1.0})
     with pytest.raises(FedrotError, match="finished run; --force replaces it"):
         open_run(path, config)
@@ -186,6 +197,24 @@ def test_checkpoint_round_trip_and_corruption(tmp_path):
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(FedrotError, match="corrupt checkpoint"):
         checkpoint.load(file)
+
+
+def test_device():
+    options = ("rounds=1", "local.steps=2")
+    here = prepare(small("fedit", "rounds", *options))
+    if not torch.cuda.is_available():
+        with pytest.raises(FedrotError, match="device=cuda, but PyTorch finds no CUDA device"):
+            prepare(small("fedit", "rounds", "device=cuda"))
+        assert prepare(small("fedit", "rounds", "device=auto")).model.device.type == "cpu"
+        return
+    there = prepare(small("fedit", "rounds", "device=cuda", *options))
+    assert there.model.device.type == "cuda"
+    start = here.start()
+    pairs = zip(train_round(here, start).factors, train_round(there, start).factors, strict=True)
+    for a, b in pairs:
+        for name in a.B:
+            torch.testing.assert_close(a.B[name], b.B[name], rtol=0, atol=1e-4)
+    assert there.evaluate(start)["loss"] == pytest.approx(here.evaluate(start)["loss"], rel=1e-4)
 
 
 def test_divergence_is_named(tmp_path):

@@ -13,9 +13,10 @@ import time
 
 import pytest
 
+from fedrot import hub
 from fedrot.errors import FedrotError
-from fedrot.tasks import hub
-from fedrot.tasks.hub import data_folder, model_folder, read_file, read_part
+from fedrot.hub import data_folder, model_folder
+from fedrot.tasks.files import read_file, read_part
 
 # A separate process, as huggingface_hub reads the environment once. After the imports, so that the
 # time is that of the search.

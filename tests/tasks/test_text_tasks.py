@@ -12,11 +12,12 @@ from transformers import AutoModelForSequenceClassification
 
 from fedrot.config import load
 from fedrot.errors import FedrotError
-from fedrot.simulation.adapter import draw_factors
+from fedrot.simulation.adapter import draw_factors, set_factors
+from fedrot.simulation.local import draw_batches
 from fedrot.simulation.rounds import federate, prepare, train_round
 from fedrot.simulation.seeding import generator
 from fedrot.tasks import TASKS
-from fedrot.tasks.base import IGNORE
+from fedrot.tasks.base import IGNORE, trim
 from fedrot.tasks.cache import quiet
 from fedrot.tasks.encode import tokenizer_of
 from fedrot.tasks.execute import passes
@@ -99,9 +100,12 @@ def test_presets_are_the_papers():
     config = load({"task": {"name": "rte"}})
     assert (config.lora.r, config.lora.alpha, config.rounds) == (4, 8, 250)
     assert (config.local.optimizer, config.local.steps, config.local.batch_size) == ("sgd", 20, 128)
-    assert (config.clients.count, config.clients.alpha) == (3, 0.5)
+    assert (config.clients.count, config.clients.alpha) == (10, 0.5)
+    assert (config.lora.dropout, config.local.head) == (0.05, True)
     config = load({"task": {"name": "gsm8k"}})
     assert (config.lora.r, config.clients.count, config.local.steps) == (8, 6, 30)
+    assert (config.lora.alpha, config.lora.dropout) == (16, 0.05)
+    assert (config.local.optimizer, config.local.lr, config.local.batch_size) == ("sgd", 0.005, 1)
     assert (config.task.dtype, config.clients.partition) == ("bfloat16", "iid")
     assert load({"task": {"name": "codesearchnet"}}).clients.column == "language"
     for name in TASKS:
@@ -267,6 +271,38 @@ def test_frozen_model_in_half_precision(tmp_path, llama, dtype):
     assert {t.dtype for t in factors.A.values()} == {torch.float32}
     summary = federate(config, tmp_path / "run")
     assert summary["loss"] < summary["start"]["loss"] - 0.02
+
+
+def test_a_head_on_a_half_precision_model_trains_in_float32(tmp_path, roberta):
+    """Steps far below bfloat16's resolution are kept, and the factors follow PEFT's own."""
+    rows = [{"text": f"{i} {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(16)]
+    write(tmp_path / "own.jsonl", rows)
+    local = {"local": {"optimizer": "sgd", "lr": 1e-4, "steps": 1, "head": True}}
+    options = {"model": str(roberta), "data": str(tmp_path / "own.jsonl"), "dtype": "bfloat16"}
+    federation = prepare(config_of("text", local, **options))
+    start = federation.start()
+    assert federation.model.get_base_model().classifier.dense.weight.dtype == torch.bfloat16
+    uploads = train_round(federation, start).clients
+    for name, value in start.head.items():
+        moved = uploads[0].head[name] - value
+        assert value.dtype == moved.dtype == torch.float32
+        assert 0 < float(moved.abs().max()) < 1e-3
+    name = "classifier.out_proj.weight"
+    step = (uploads[0].head[name] - start.head[name]) / -1e-4
+    assert (
+        float((uploads[0].head[name].bfloat16() != start.head[name].bfloat16()).float().mean())
+        < 0.5
+    )
+    set_factors(federation.model, start.factors)
+    batch_rows = draw_batches(
+        federation.examples[0], federation.config.local, generator(0, "batches", 0, 0)
+    )[0]
+    batch = trim({key: value[batch_rows] for key, value in federation.data.train.items()})
+    weight = federation.model.get_base_model().classifier.out_proj.weight
+    weight.requires_grad_()
+    federation.model(**batch).loss.backward()
+    expected = weight.grad.float()
+    assert float((step - expected).norm()) < 0.02 * float(expected.norm())
 
 
 def test_sequences_of_clients_together_and_one_at_a_time(tmp_path, llama):

@@ -41,14 +41,18 @@ def compare(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
 ) -> None:
     """Compare methods on the same data, start and uploads: mean and std over seeds."""
+    from fedrot.hub import look_for
     from fedrot.options import merge, nested, parse_overrides, read_yaml
-    from fedrot.simulation import comparison
 
     options = merge(
         read_yaml(config) if config else {},
         nested("task.name", task) if task else {},
         parse_overrides(overrides or []),
     )
+    look_for(options.get("task"))  # before torch is imported, which takes seconds
+
+    from fedrot.simulation import comparison
+
     variants = [comparison.parse_variant(text) for text in listed(methods)]
     with progress(quiet) as track:
         result = comparison.compare(

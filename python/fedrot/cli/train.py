@@ -45,17 +45,22 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
 ) -> None:
     """Train a federation and write runs/NAME with metrics, adapter, pictures and report."""
-    from fedrot.config import load
-    from fedrot.methods import METHODS
-    from fedrot.options import name_of, nested, parse_overrides, read_yaml
-    from fedrot.simulation.rounds import federate
+    from fedrot.hub import look_for
+    from fedrot.options import merge, name_of, nested, parse_overrides, read_yaml
 
     flags = {"method.name": method, "setting": setting, "task.name": task, "seed": seed}
-    resolved = load(
+    given = merge(
         read_yaml(config) if config else {},
         *(nested(key, value) for key, value in flags.items() if value is not None),
         parse_overrides(overrides or []),
     )
+    look_for(given.get("task"))  # before torch is imported, which takes seconds
+
+    from fedrot.config import load
+    from fedrot.methods import METHODS
+    from fedrot.simulation.rounds import federate
+
+    resolved = load(given)
     label = name_of(resolved.method, METHODS)
     run = out / (name or f"{label}-{resolved.setting}-{resolved.seed}")
     with progress(quiet) as track:

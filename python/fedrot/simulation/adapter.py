@@ -24,7 +24,9 @@ PREFIX = "base_model.model."
 
 def adapt(model: nn.Module, lora: Lora, targets: list[str]) -> PeftModel:
     """A frozen model with a LoRA adapter on the linear layers whose names end in ``targets``."""
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0)
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=lora.dropout
+    )
     with warnings.catch_warnings():
         # PEFT asks transformers 5.2 for an attribute that it has renamed.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
@@ -43,12 +45,12 @@ def parameter_names(model: PeftModel) -> dict[str, tuple[str, str]]:
 
 
 def draw_factors(model: PeftModel, generator: torch.Generator) -> Factors:
-    """A fresh adapter as PEFT initialises it: ``A`` Kaiming-uniform, ``B`` zero."""
+    """A fresh adapter as PEFT initialises it: ``A`` Kaiming-uniform, ``B`` zero; float32, CPU."""
     A, B = {}, {}
     for module, (name_A, name_B) in parameter_names(model).items():
-        A[module] = torch.empty_like(model.get_parameter(name_A), requires_grad=False)
+        A[module] = torch.empty(model.get_parameter(name_A).shape)
         nn.init.kaiming_uniform_(A[module], a=math.sqrt(5), generator=generator)
-        B[module] = torch.zeros_like(model.get_parameter(name_B), requires_grad=False)
+        B[module] = torch.zeros(model.get_parameter(name_B).shape)
     return Factors(A, B)
 
 
@@ -64,11 +66,11 @@ def set_factors(model: PeftModel, factors: Factors) -> PeftModel:
 
 
 def get_factors(model: PeftModel) -> Factors:
-    """A copy of the factors in the model's adapter."""
+    """A copy of the factors in the model's adapter, on the CPU."""
     names = parameter_names(model)
 
     def copy(name: str) -> Tensor:
-        return model.get_parameter(name).detach().clone()
+        return model.get_parameter(name).detach().to("cpu", copy=True)
 
     return Factors(
         {module: copy(a) for module, (a, _) in names.items()},
@@ -78,7 +80,7 @@ def get_factors(model: PeftModel) -> Factors:
 
 def get_head(model: PeftModel) -> dict[str, Tensor]:
     """A copy of the base model's parameters outside its backbone (transformers'
-    ``base_model_prefix``), by name: ``classifier.weight`` and the like."""
+    ``base_model_prefix``), by name: ``classifier.weight`` and the like; float32, on the CPU."""
     base = model.get_base_model()
     backbone = f"{base.base_model_prefix}."
     names = {id(p): name for name, p in base.named_parameters() if not name.startswith(backbone)}
@@ -88,7 +90,7 @@ def get_head(model: PeftModel) -> dict[str, Tensor]:
         if name.startswith(backbone)
     }
     return {
-        name: base.get_parameter(name).detach().clone()
+        name: base.get_parameter(name).detach().to("cpu", torch.float32, copy=True)
         for key, name in names.items()
         if key not in shared  # as an output layer tied to the embeddings
     }
@@ -118,7 +120,9 @@ class FrozenWeights:
             weight, W_0 = self._weight(module), self.pristine.get(module)
             if W_0 is None:
                 W_0 = self.pristine[module] = weight.detach().clone()
-            weight.copy_(W_0 + self.scaled(module, merged[module]) if module in merged else W_0)
+            if module in merged:
+                W_0 = W_0 + self.scaled(module, merged[module]).to(W_0.device)
+            weight.copy_(W_0)
 
     def scaled(self, module: str, update: Tensor) -> Tensor:
         """An update on the scale of ``B A`` as a change of the stored weight."""

@@ -31,20 +31,27 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.unsqueeze(1)
-        return _grouped_product(x, self.weight, bias)
+        return _grouped_product(x.to(self.weight.dtype), self.weight, bias)
 
 
 class GroupedLora(nn.Module):
     """A frozen layer with ``N`` LoRA adapters: ``A`` ``(N, r, k)``, ``B`` ``(N, d, r)``, input
-    ``(N * b, ..., k)`` as for :class:`GroupedLinear`."""
+    ``(N * b, ..., k)`` as for :class:`GroupedLinear`. ``dropout``: the generators of the clients'
+    masks, of which every pass takes ``(b * ..., k)`` numbers, where the adapter has dropout."""
 
-    def __init__(self, adapted: Any, A: Tensor, B: Tensor) -> None:
+    def __init__(
+        self, adapted: Any, A: Tensor, B: Tensor, dropout: Sequence[torch.Generator] | None = None
+    ) -> None:
         super().__init__()
         self.base = adapted.get_base_layer()
         self.scaling: float = adapted.scaling[ADAPTER]
         self.A, self.B = (nn.Parameter(t, requires_grad=False) for t in (A, B))
+        self.p = float(getattr(adapted.lora_dropout[ADAPTER], "p", 0.0))  # else an Identity
+        self.generators = dropout or ()
+        if self.p and not dropout:
+            raise ValueError(f"dropout must hold a generator a client: the adapter drops {self.p}")
         small = self.base.weight.numel() <= MERGED and self.base.weight.dtype == A.dtype
-        self.merged = small and type(self.base) is nn.Linear
+        self.merged = small and type(self.base) is nn.Linear and not self.p
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
@@ -52,8 +59,15 @@ class GroupedLora(nn.Module):
             return _grouped_product(x, weight, self.base.bias)
         y = self.base(x)
         grouped = x.reshape(len(self.A), -1, x.shape[-1]).to(self.A.dtype)
+        if self.p:
+            grouped = grouped * self._mask(grouped)
         update = (grouped @ self.A.mT) @ self.B.mT
-        return y + (update * self.scaling).view(y.shape).to(y.dtype)
+        return torch.add(y, update.view(y.shape), alpha=self.scaling).to(y.dtype)
+
+    def _mask(self, x: Tensor) -> Tensor:
+        """0 or ``1 / (1 - p)`` ``(N, t, k)``."""
+        drawn = [torch.rand(x.shape[1:], generator=g, device=x.device) for g in self.generators]
+        return (torch.stack(drawn) >= self.p) / (1 - self.p)
 
 
 def _grouped_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,39 +92,52 @@ class GroupedLayers:
     def of(
         self, client: int, start: Factors, head: dict[str, Tensor]
     ) -> tuple[Factors, dict[str, Tensor]]:
-        """A client's factors, of the rank of its ``start``, and its head."""
+        """A client's factors, of the rank of its ``start``, and its head, on the CPU."""
         A, B = {}, {}
         for module, layer in self.lora.items():
             r = start.A[module].shape[0]
-            A[module] = layer.A[client, :r].detach().contiguous()
-            B[module] = layer.B[client, :, :r].detach().contiguous()
+            A[module] = layer.A[client, :r].detach().cpu().contiguous()
+            B[module] = layer.B[client, :, :r].detach().cpu().contiguous()
         own = {}
         for name in head:
             base, _, kind = name.rpartition(".")
-            own[name] = getattr(self.heads[base], kind)[client].detach()
+            own[name] = getattr(self.heads[base], kind)[client].detach().cpu()
         return Factors(A, B), own
 
 
 @contextmanager
 def grouped(
-    model: PeftModel, starts: Sequence[Factors], heads: Sequence[dict[str, Tensor]]
+    model: PeftModel,
+    starts: Sequence[Factors],
+    heads: Sequence[dict[str, Tensor]],
+    dropout: Sequence[torch.Generator] | None = None,
 ) -> Iterator[GroupedLayers]:
-    """The model with the clients' LoRA layers, and the linear layers of their heads, in it."""
+    """The model with the clients' LoRA layers, and the linear layers of their heads, in it.
+
+    ``dropout``: as for :class:`GroupedLora`.
+    """
     base = model.get_base_model()
     lora, of_heads = {}, {}
     for module in parameter_names(model):
         r = max(f.A[module].shape[0] for f in starts)
         A = [pad(f.A[module], (0, 0, 0, r - f.A[module].shape[0])) for f in starts]
         B = [pad(f.B[module], (0, r - f.B[module].shape[1])) for f in starts]
-        lora[module] = GroupedLora(base.get_submodule(module), torch.stack(A), torch.stack(B))
+        lora[module] = GroupedLora(
+            base.get_submodule(module),
+            torch.stack(A).to(model.device),
+            torch.stack(B).to(model.device),
+            dropout,
+        )
     for name in heads[0]:
-        module, _, kind = name.rpartition(".")
+        linear, _, kind = name.rpartition(".")
         if kind == "weight":
-            bias = f"{module}.bias"
-            of_heads[module] = GroupedLinear(
-                torch.stack([head[name] for head in heads]),
-                torch.stack([head[bias] for head in heads]) if bias in heads[0] else None,
-            )
+            bias = f"{linear}.bias"
+            stacked = {
+                key: torch.stack([head[key] for head in heads]).to(model.device)
+                for key in (name, bias)
+                if key in heads[0]
+            }
+            of_heads[linear] = GroupedLinear(stacked[name], stacked.get(bias))
     layers: dict[str, nn.Module] = {**lora, **of_heads}
     plain = {name: base.get_submodule(name) for name in layers}
     try:

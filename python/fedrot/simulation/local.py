@@ -5,7 +5,7 @@ are stacked, ``(N, r, k)`` and ``(N, d, r)``, and the model runs once over the c
 behind the other: its frozen products see one large batch, and only the layers of
 :mod:`~fedrot.simulation.grouped` tell the clients apart. The sum of the client losses gives each
 client its own gradient, and an element-wise optimizer on the stacked tensors is N separate ones.
-Activations of ``N * batch_size`` examples are held at a time.
+Activations of ``together * micro_batch`` examples are held at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from fedrot.config import Local
@@ -23,7 +23,7 @@ from fedrot.factors import Factors
 from fedrot.simulation.grouped import GroupedLayers, grouped
 from fedrot.simulation.memory import Memory
 from fedrot.tasks import Batch
-from fedrot.tasks.base import Track, example_losses, no_progress, trim
+from fedrot.tasks.base import Track, example_losses, example_terms, no_progress, trim
 
 NO_EXAMPLE = -1  # in a batch that is not full
 
@@ -64,38 +64,40 @@ def train_clients(
     parts: str = "AB",
     heads: Sequence[dict[str, Tensor]] | None = None,
     memory: Memory | None = None,
+    dropout: Sequence[torch.Generator] | None = None,
     track: Track = no_progress,
 ) -> Trained:
-    """Train every client from its own factors on its own batches.
+    """Train every client from its own factors on its own batches, where the model is.
 
     Args:
         model: the shared model; its parameters are not changed.
         starts: ``N`` adapters; smaller ranks are zero-padded meanwhile, which is exact: rows of
             ``A`` and columns of ``B`` that are both zero get no gradient.
-        train: all training examples.
+        train: all training examples, on the CPU.
         batches: per client ``(steps_i, batch_size)`` indices into ``train``.
-        local: how to train; ``local.together`` clients go through the model at a time.
+        local: how to train; ``local.together`` clients go through the model at a time, with
+            ``local.micro_batch`` examples of each.
         parts: which factors are trained, ``"AB"``, ``"A"`` or ``"B"``.
         heads: per client the parameters of linear layers of the base model, by name; trained too.
         memory: of ``model`` and ``train``.
+        dropout: per client the generator of its masks, where the adapter has dropout; on the
+            model's device.
+
+    Returns:
+        Factors and heads on the CPU.
+
+    Raises:
+        ValueError: the adapter has dropout, and ``dropout`` is missing.
     """
     together = local.together or len(starts)
-    groups = [slice(i, i + together) for i in range(0, len(starts), together)]
-    steps = sum(max(len(rows) for rows in batches[group]) for group in groups)
+    slices = [slice(i, i + together) for i in range(0, len(starts), together)]
+    steps = sum(max(len(rows) for rows in batches[part]) for part in slices)
     clock = iter(track(range(steps), "local steps"))
+    heads = heads or [{} for _ in starts]
+    trainer = _Trainer(model, train, local, parts, memory or Memory({}), clock)
     found = [
-        _train_group(
-            model,
-            starts[group],
-            train,
-            batches[group],
-            local,
-            parts,
-            heads[group] if heads else [{} for _ in starts[group]],
-            memory or Memory({}),
-            clock,
-        )
-        for group in groups
+        trainer.run(starts[part], batches[part], heads[part], dropout[part] if dropout else None)
+        for part in slices
     ]
     next(clock, None)  # to its end
     return Trained(
@@ -105,51 +107,69 @@ def train_clients(
     )
 
 
-def _train_group(
-    model: PeftModel,
-    starts: Sequence[Factors],
-    train: Batch,
-    batches: Sequence[Tensor],
-    local: Local,
-    parts: str,
-    heads: Sequence[dict[str, Tensor]],
-    memory: Memory,
-    clock: Iterator[int],
-) -> Trained:
-    clients, longest = len(starts), max(len(rows) for rows in batches)
-    lengths = torch.tensor([len(rows) for rows in batches])
-    rows = torch.stack(
-        [pad(b, (0, 0, 0, longest - len(b)), value=NO_EXAMPLE) for b in batches], dim=1
-    ).flatten(1)  # (steps, N * batch_size)
-    full = bool((rows != NO_EXAMPLE).all())
-    losses = torch.zeros(clients, dtype=torch.float64)
-    with grouped(model, starts, heads) as layers, memory.recalled(model):
-        step_all = _Optimizer(layers, local, parts)
-        for step in range(longest):
-            next(clock)
-            memory.rows = rows[step].clamp(min=0)
-            batch = trim({key: value[memory.rows] for key, value in train.items()})
-            present = None if full else rows[step] != NO_EXAMPLE
-            loss = _client_losses(model.get_base_model(), batch, present, clients)
-            active = None if full else step < lengths
-            step_all(loss, active)
-            losses += loss.detach() if active is None else torch.where(active, loss.detach(), 0.0)
-        ends = [layers.of(i, *own) for i, own in enumerate(zip(starts, heads, strict=True))]
-    return Trained([f for f, _ in ends], [head for _, head in ends], losses / lengths)
+@dataclass(frozen=True)
+class _Trainer:
+    """What all clients of a round share."""
 
+    model: PeftModel
+    train: Batch
+    local: Local
+    parts: str
+    memory: Memory
+    clock: Iterator[int]
 
-def _client_losses(model: nn.Module, batch: Batch, present: Tensor | None, clients: int) -> Tensor:
-    """The mean loss of each client ``(N,)`` on its part of the batch; of all examples in it, or of
-    those that are ``present`` ``(N * batch_size,)``."""
-    output = model(**{key: value for key, value in batch.items() if key != "labels"})
-    sums, counts = example_losses(output, batch)
-    if present is not None:
-        sums, counts = torch.where(present, sums, 0.0), torch.where(present, counts, 0)
-    return sums.view(clients, -1).sum(1) / counts.view(clients, -1).sum(1).clamp(min=1)
+    def run(
+        self,
+        starts: Sequence[Factors],
+        batches: Sequence[Tensor],
+        heads: Sequence[dict[str, Tensor]],
+        dropout: Sequence[torch.Generator] | None,
+    ) -> Trained:
+        """Train some clients together."""
+        longest = max(len(rows) for rows in batches)
+        rows = torch.stack(
+            [pad(b, (0, 0, 0, longest - len(b)), value=NO_EXAMPLE) for b in batches], dim=1
+        )  # (steps, N, batch_size)
+        full = bool((rows != NO_EXAMPLE).all())
+        terms = example_terms(self.train["labels"])[rows.clamp(min=0)]
+        counts = torch.where(rows != NO_EXAMPLE, terms, 0).sum(2).clamp(min=1)  # (steps, N)
+        device = self.model.device
+        lengths = torch.tensor([len(rows) for rows in batches], device=device)
+        losses = torch.zeros(len(starts), dtype=torch.float64, device=device)
+        with (
+            grouped(self.model, starts, heads, dropout) as layers,
+            self.memory.recalled(self.model),
+        ):
+            optimizer = _Optimizer(layers, self.local, self.parts)
+            for step in range(longest):
+                next(self.clock)
+                loss = torch.zeros(len(starts), device=device)
+                for piece in rows[step].split(self.local.micro_batch or rows.shape[2], dim=1):
+                    part = self._losses(piece, full) / counts[step].to(device)
+                    optimizer.add(part)
+                    loss += part.detach()
+                active = None if full else step < lengths
+                optimizer.step(active)
+                losses += loss if active is None else torch.where(active, loss, 0.0)
+            ends = [layers.of(i, *own) for i, own in enumerate(zip(starts, heads, strict=True))]
+        return Trained([f for f, _ in ends], [head for _, head in ends], (losses / lengths).cpu())
+
+    def _losses(self, rows: Tensor, full: bool) -> Tensor:
+        """The summed loss of each client ``(N,)`` on its examples ``rows`` ``(N, b)``."""
+        flat, device = rows.flatten().clamp(min=0), self.model.device
+        batch = trim({key: value[flat] for key, value in self.train.items()})
+        batch = {key: value.to(device) for key, value in batch.items()}
+        self.memory.rows = flat.to(device)
+        base = self.model.get_base_model()
+        output = base(**{key: value for key, value in batch.items() if key != "labels"})
+        sums = example_losses(output, batch)[0].view(rows.shape)
+        return (
+            sums.sum(1) if full else torch.where((rows != NO_EXAMPLE).to(device), sums, 0.0).sum(1)
+        )
 
 
 class _Optimizer:
-    """One step of every client's own optimizer."""
+    """Every client's own optimizer: losses are added up, then comes a step."""
 
     def __init__(self, layers: GroupedLayers, local: Local, parts: str) -> None:
         self.local = local
@@ -158,6 +178,7 @@ class _Optimizer:
         self.trained = [p for group in groups.values() for p in group]
         for p in self.trained:
             p.requires_grad_()
+        self.gradients: tuple[Tensor, ...] = ()
         self.starts = [p.detach().clone() for p in self.trained] if local.prox else []
         options = [{"params": group, "lr": rates[part]} for part, group in groups.items() if group]
         decay = local.weight_decay
@@ -170,9 +191,15 @@ class _Optimizer:
             kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[local.optimizer]
             self.optimizer = kind(options, weight_decay=decay, fused=True)
 
-    def __call__(self, losses: Tensor, active: Tensor | None) -> None:
+    def add(self, losses: Tensor) -> None:
+        """Part of each client's loss ``(N,)``."""
+        more = torch.autograd.grad(losses.sum(), self.trained)
+        so_far = self.gradients
+        self.gradients = tuple(map(torch.add, so_far, more)) if so_far else more
+
+    def step(self, active: Tensor | None) -> None:
         """``active`` ``(N,)``: clients that have not taken all their steps yet; ``None`` is all."""
-        gradients = torch.autograd.grad(losses.sum(), self.trained)
+        gradients, self.gradients = self.gradients, ()
         if self.local.prox:
             gradients = tuple(
                 g + self.local.prox * (p.detach() - start)

@@ -59,7 +59,8 @@ def remember(model: PeftModel, train: Batch) -> Memory:
     pieces: list[dict[str, Tensor]] = []
     cuts = [0, *range(min(FIRST, n), n, PIECE), n]
     for start, end in itertools.pairwise(cuts):
-        batch = {key: value[start:end] for key, value in train.items() if key != "labels"}
+        piece = {key: value[start:end] for key, value in train.items() if key != "labels"}
+        batch = {key: value.to(model.device) for key, value in piece.items()}
         pieces.append(_frozen_outputs(model, batch, end - start))
         if sum(output.nbytes for output in pieces[0].values()) * n > LARGEST * cuts[1]:
             return Memory({})

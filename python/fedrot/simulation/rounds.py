@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedrot import __version__
 from fedrot.config import Config
-from fedrot.errors import Diverged
+from fedrot.errors import Diverged, FedrotError
 from fedrot.factors import Factors, padded, truncate
 from fedrot.files import new_file
 from fedrot.gauge import regauge
@@ -150,15 +150,24 @@ def federate(
 
 def prepare(config: Config, track: Track = no_progress) -> Federation:
     """Data, partition and adapted model of a configuration."""
+    device = device_of(config.device)
     data = config.task.prepare(config.seed, track)
     if config.validation:
         data = hold_out(data, config.validation, config.seed)
-    base = config.task.load_model(data)
+    base = config.task.load_model(data).to(device)
     model = adapt(base, config.lora, config.task.lora_targets(base))
     examples = split(data, config.clients, config.seed)
     head = get_head(model) if config.local.head else {}
     memory = remember(model, data.train)
     return Federation(config, data, model, FrozenWeights(model), head, examples, memory)
+
+
+def device_of(name: str) -> torch.device:
+    """The device of ``cpu``, ``cuda`` or ``auto``: CUDA where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise FedrotError("device=cuda, but PyTorch finds no CUDA device; device=cpu needs none")
+    cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if cuda else "cpu")
 
 
 def hold_out(data: TaskData, fraction: float, seed: int) -> TaskData:
@@ -249,6 +258,7 @@ def train_round(federation: Federation, server: Server, track: Track = no_progre
         parts="AB" if config.start == "own" else method.parts(round),
         heads=[server.head for _ in clients] if server.head else None,
         memory=federation.memory,
+        dropout=[generator(seed, "dropout", round, i, device=model.device) for i in clients],
         track=track,
     )
     _check_converging(clients, done.losses, round, config.local.lr)
@@ -328,6 +338,7 @@ def _summary(federation: Federation, rows: list[Row]) -> dict[str, Any]:
         "seconds_local": math.fsum(row["seconds_local"] for row in rows),
         "seconds_aggregation": math.fsum(row["seconds_aggregation"] for row in rows),
         **federation.data.facts,
+        "device": str(federation.model.device),
         "version": __version__,
     }
     if "client_accuracies" in last:

@@ -23,9 +23,10 @@ from typing import Any
 
 import yaml
 
+from fedrot.config import Config
 from fedrot.errors import FedrotError
 from fedrot.files import new_file, write_json, write_text
-from fedrot.options import Tree, first_difference
+from fedrot.options import Tree, build, first_difference, read_yaml
 
 Row = dict[str, Any]
 
@@ -141,12 +142,14 @@ def _clear(path: Path) -> None:
 
 
 def _same_config(path: Path, config: Tree) -> None:
+    file = path / "config.yaml"
     try:
-        stored = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        stored = None
-    if not isinstance(stored, dict):
-        raise FedrotError(f"{path / 'config.yaml'} is corrupt; --force starts the run again")
+        given = read_yaml(file)
+        if not given:
+            raise FedrotError("it is empty")
+        stored = build(Config, given).tree()  # options newer than the run have their defaults
+    except FedrotError as error:
+        raise FedrotError(f"{file} is corrupt ({error}); --force starts the run again") from error
     if difference := first_difference(stored, config):
         key, before, now = difference
         raise FedrotError(

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 
-def generator(seed: int, purpose: str, *indices: int) -> torch.Generator:
+def generator(
+    seed: int, purpose: str, *indices: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
     """The generator of one draw, as of ``(seed, "batches", round, client)``.
 
     Nothing depends on the order or the number of other draws, so a resumed run, or one with
@@ -17,4 +19,4 @@ def generator(seed: int, purpose: str, *indices: int) -> torch.Generator:
     # With their number: SeedSequence does not tell trailing zeros from nothing.
     words = [seed, zlib.crc32(purpose.encode()), len(indices), *indices]
     state = np.random.SeedSequence(words).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> 1))
+    return torch.Generator(device).manual_seed(int(state[0] >> 1))

@@ -76,6 +76,12 @@ class Task(Protocol):
         ...
 
 
+def example_terms(labels: Tensor) -> Tensor:
+    """Of how many terms the loss of every example is the sum, ``(b,)``; ``labels`` as for
+    :func:`example_losses`."""
+    return torch.ones_like(labels) if labels.dim() == 1 else (labels[:, 1:] != IGNORE).sum(1)
+
+
 def example_losses(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Cross entropy of every example: the sum of its terms ``(b,)`` and their number ``(b,)``.
 
@@ -89,8 +95,7 @@ def example_losses(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     logits, labels = output.logits, batch["labels"]
     if labels.dim() == 1:
-        losses = cross_entropy(logits.float(), labels, reduction="none")
-        return losses, torch.ones_like(losses)
+        return cross_entropy(logits.float(), labels, reduction="none"), example_terms(labels)
     wanted = labels[:, 1:]
     losses = cross_entropy(
         logits[:, :-1].flatten(0, 1).float(),
@@ -98,7 +103,7 @@ def example_losses(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         ignore_index=IGNORE,
         reduction="none",
     )
-    return losses.view_as(wanted).sum(1), (wanted != IGNORE).sum(1)
+    return losses.view_as(wanted).sum(1), example_terms(labels)
 
 
 def example_hits(output: Any, batch: Batch) -> Tensor:

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from fedrot.options import option
@@ -116,6 +114,9 @@ def _load(folder: Path) -> nn.Module:
 
 def _split(digits: range, test_fraction: float, seed: int) -> tuple[Batch, Batch]:
     """Stratified train and test part of some digits, as arguments of the model."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     data = load_digits()
     wanted = (data.target >= digits.start) & (data.target < digits.stop)
     images = torch.from_numpy(data.images[wanted]).float().div(16).unsqueeze(1)

@@ -11,15 +11,15 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from fedrot.hub import SOURCES, data_folder, model_folder
 from fedrot.options import option
 from fedrot.tasks import base as shared
 from fedrot.tasks.base import Batch, TaskData, Track, no_progress
 from fedrot.tasks.encode import generate, prompts_of, tokenizer_of
 from fedrot.tasks.execute import passes
-from fedrot.tasks.hub import Columns, column, data_folder, model_folder, read_part
+from fedrot.tasks.files import Columns, column, read_part
 from fedrot.tasks.text import TextTask, assemble, generate_examples
 
-LLAMA = "meta-llama/Meta-Llama-3-8B"
 HUMANEVAL = "openai/openai_humaneval"
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 # Where a completion of a function ends: the next statement at the left margin.
@@ -27,8 +27,8 @@ END_OF_FUNCTION = re.compile(r"\n(?=[^\s])")
 LLAMA_PRESET: dict[str, Any] = {
     "rounds": 100,
     "clients": {"count": 6},
-    "lora": {"r": 8, "alpha": 16},
-    "local": {"optimizer": "adamw", "lr": 2e-4, "steps": 30, "batch_size": 4},
+    "lora": {"r": 8, "alpha": 16, "dropout": 0.05},
+    "local": {"optimizer": "sgd", "lr": 0.005, "steps": 30, "batch_size": 1},
 }
 
 
@@ -44,16 +44,16 @@ class Gsm8k(TextTask):
     title: ClassVar[str] = "gsm8k: grade-school mathematics"
     preset: ClassVar[dict[str, Any]] = with_clients(partition="iid")
 
-    model: str = option(LLAMA)
-    data: str = option("openai/gsm8k")
-    max_length: int = option(512, at_least=8)
+    model: str = option(SOURCES["gsm8k"].model)
+    data: str = option(SOURCES["gsm8k"].data)
+    max_length: int = option(650, at_least=8)
     max_new_tokens: int = option(256, at_least=1)
     dtype: str = option("bfloat16", choices=("float32", "bfloat16", "float16"))
     eval_batch: int = option(16, at_least=1)
 
     def prepare(self, seed: int, track: Track = no_progress) -> TaskData:
         base = model_folder(self.model)
-        folder = data_folder(self.data, files=("main/*",))
+        folder = data_folder(self.data, files=SOURCES["gsm8k"].files)
         folder = folder / "main" if (folder / "main").is_dir() else folder
         parts = {name: read_part(folder, name) for name in ("train", "test")}
         encoded = [
@@ -103,12 +103,12 @@ class CodeSearchNet(TextTask):
     title: ClassVar[str] = "codesearchnet: functions from their documentation, then HumanEval"
     preset: ClassVar[dict[str, Any]] = with_clients(partition="column", column="language")
 
-    model: str = option(LLAMA)
-    data: str = option("code-search-net/code_search_net")
+    model: str = option(SOURCES["codesearchnet"].model)
+    data: str = option(SOURCES["codesearchnet"].data)
     humaneval: str = option(HUMANEVAL)
     execute: bool = option(False)
     timeout: float = option(10.0, above=0)
-    max_length: int = option(512, at_least=8)
+    max_length: int = option(650, at_least=8)
     max_new_tokens: int = option(384, at_least=1)
     max_train: int | None = option(60_000, at_least=1)
     max_test: int | None = option(500, at_least=1)

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from fedrot.hub import SOURCES, data_folder, model_folder
 from fedrot.options import option
 from fedrot.tasks.base import TaskData, Track, no_progress
-from fedrot.tasks.hub import column, data_folder, model_folder, read_part
+from fedrot.tasks.files import column, read_part
 from fedrot.tasks.text import TextTask, assemble, classify_examples
 
 
@@ -23,17 +24,17 @@ class Glue(TextTask):
     validation: ClassVar[str] = "validation"
     preset: ClassVar[dict[str, Any]] = {
         "rounds": 250,
-        "clients": {"count": 3, "alpha": 0.5},
-        "lora": {"r": 4, "alpha": 8},
+        "clients": {"count": 10, "alpha": 0.5},
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.05},
         "local": {"optimizer": "sgd", "lr": 0.02, "steps": 20, "batch_size": 128, "head": True},
     }
 
-    model: str = option("FacebookAI/roberta-large")
-    data: str = option("nyu-mll/glue")
+    model: str = option(SOURCES["sst2"].model)
+    data: str = option(SOURCES["sst2"].data)
 
     def prepare(self, seed: int, track: Track = no_progress) -> TaskData:
         base = model_folder(self.model)
-        folder = data_folder(self.data, files=(f"{self.subset}/*",))
+        folder = data_folder(self.data, files=SOURCES[self.subset].files)
         if (folder / self.subset).is_dir():
             folder = folder / self.subset
         files = [read_part(folder, part) for part in ("train", self.validation)]

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fedrot.errors import FedrotError
+from fedrot.hub import data_folder, model_folder
 from fedrot.options import option
 from fedrot.tasks import base as shared
 from fedrot.tasks.base import Batch, TaskData, Track, no_progress, query_and_value
 from fedrot.tasks.cache import quiet
 from fedrot.tasks.encode import classification, codes, generation, tokenizer_of
-from fedrot.tasks.hub import Columns, column, data_folder, model_folder, read_file, read_part
+from fedrot.tasks.files import Columns, column, read_file, read_part
 
 DTYPES = ("float32", "bfloat16", "float16")
 
