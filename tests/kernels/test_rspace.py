@@ -338,7 +338,7 @@ def test_layers_of_several_ranks_in_several_batches(monkeypatch):
     shapes = [(20, 30, 4), (9, 5, 2), (31, 12, 4), (8, 8, 1), (10, 7, 4)]
     inputs = strangers(3, shapes)
     expected = rspace.aggregate(*inputs, align="optimal")
-    monkeypatch.setattr(rspace, "BYTES", 5000)  # two layers of rank 4
+    monkeypatch.setattr(rspace.averages, "BYTES", 5000)  # two layers of rank 4
     for actual, wanted in zip(rspace.aggregate(*inputs, align="optimal"), expected, strict=True):
         assert_close(actual, wanted, 1e-12)
     for layer in range(5):  # and each as if it were alone

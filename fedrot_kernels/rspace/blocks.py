@@ -1,0 +1,154 @@
+"""Gram blocks of a batch of layers, and the aggregation error as a function of rotations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedrot_kernels.ops import check_weight_values, check_weights
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The Gram blocks of ``L`` layers of rank ``r``, ``N`` clients, and their weights.
+
+    float32, or float64 where any factor is.
+    """
+
+    A: Tensor  # (L, S, S): A_i A_j^T
+    B: Tensor  # (L, S, S): B_i^T B_j
+    ref_A: Tensor  # (L, N, r, r): A_i A_ref^T
+    ref_B: Tensor  # (L, N, r, r): B_i^T B_ref
+    gram_A: Tensor  # (L, r, r): A_ref A_ref^T
+    gram_B: Tensor  # (L, r, r): B_ref^T B_ref
+    weights: Tensor  # (N,), sum 1
+
+    @staticmethod
+    def of(
+        lora_A: Sequence[Tensor],
+        lora_B: Sequence[Tensor],
+        ref_A: Sequence[Tensor],
+        ref_B: Sequence[Tensor],
+        weights: Tensor | None = None,
+    ) -> Blocks:
+        """From factors, arguments as for :func:`fedrot_kernels.align_aggregate`; every layer has
+        the same rank in the reference.
+
+        Raises:
+            ValueError, TypeError: as ``align_aggregate``, or layers differ in rank.
+        """
+        ranks = {A.shape[0] for A in ref_A}
+        if len(ranks) > 1:
+            raise ValueError(f"layers must have one rank, got {sorted(ranks)}")
+        gram_A, gram_B = torch.ops.fedrot.gram(lora_A, lora_B, ref_A, ref_B)
+        (r,) = ranks
+        size = gram_A.shape[-1] - r
+        check_weights(weights, size // r, gram_A.device)
+        values = check_weight_values(weights, size // r)
+        shape = (len(ref_A), size // r, r, r)
+        return Blocks(
+            gram_A[:, :size, :size],
+            gram_B[:, :size, :size],
+            gram_A[:, :size, size:].reshape(shape),
+            gram_B[:, :size, size:].reshape(shape),
+            gram_A[:, size:, size:],
+            gram_B[:, size:, size:],
+            torch.tensor(values, dtype=gram_A.dtype, device=gram_A.device),
+        )
+
+    def double(self) -> Blocks:
+        """The same in float64."""
+        return Blocks(*(getattr(self, name).double() for name in self.__dataclass_fields__))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(L, N, r)``."""
+        layers, clients, r, _ = self.ref_A.shape
+        return layers, clients, r
+
+    def stacked(self, R: Tensor) -> Tensor:
+        """``U`` ``(L, S, r)`` of rotations ``(L, N, r, r)``: ``w_i R_i``, one below the other."""
+        return (self.weights[:, None, None] * R).flatten(1, 2)
+
+    def weighted(self, U: Tensor) -> Tensor:
+        """``W U`` for ``U (L, S, ...)``."""
+        layers, clients, _ = self.shape
+        return (self.weights[:, None] * U.reshape(layers, clients, -1)).view(U.shape)
+
+    def cross(self, align: str) -> Tensor:
+        """``M`` ``(L, N, r, r)`` of every client with the reference."""
+        if align == "joint":
+            return self.ref_A + self.ref_B
+        return self.ref_A if align == "A" else self.ref_B
+
+    def pair_sum(self, t: Tensor) -> Tensor:
+        """``sum_ij w_i w_j`` times the sum of block ``i, j`` of ``t`` ``(L, S, S)``."""
+        layers, clients, r = self.shape
+        blocks = t.reshape(layers, clients, r, clients, r).sum((2, 4))
+        return ((blocks @ self.weights) * self.weights).sum(1)
+
+    def norm_square(self) -> Tensor:
+        """``|D|^2`` ``(L,)`` of the exact average."""
+        return self.pair_sum(self.A * self.B)
+
+    def error_square(self, R: Tensor) -> Tensor:
+        """``|D - B A|^2`` ``(L,)`` of the average with rotations ``R`` ``(L, N, r, r)``, in
+        float64; small errors are off by the rounding of the blocks, ``eps |D|^2``."""
+        wide = self.double()
+        return (wide.norm_square() + Point(wide, R.double()).excess).clamp_min(0)
+
+    def bound_square(self) -> Tensor:
+        """The least ``|D - B A|^2`` ``(L,)`` that any ``A``, ``B`` of rank ``r`` can have: that of
+        the exact truncation, in float64."""
+        _, _, r = self.shape
+        return spectrum(self)[0][:, r:].sum(1)
+
+
+class Point:
+    """Rotations, and the error there: ``excess`` is ``|D - B A|^2 - |D|^2``."""
+
+    def __init__(self, blocks: Blocks, R: Tensor) -> None:
+        self.blocks, self.R = blocks, R
+        self.U = blocks.stacked(R)
+        self.X, self.Y = times(blocks.A, self.U), times(blocks.B, self.U)
+        self.P, self.Q = self.U.mT @ self.Y, self.U.mT @ self.X  # B^T B, A A^T
+        self.excess = (self.P * self.Q).sum((1, 2)) - 2 * (self.Y * blocks.weighted(self.X)).sum(
+            (1, 2)
+        )
+
+    def first_step(self) -> Tensor:
+        """To about the minimum of a parabola that is as steep as ``|B A|^2`` ``(L,)``."""
+        layers, clients, r = self.blocks.shape
+        curve = torch.zeros_like(self.excess)
+        for GU, other in ((self.X, self.P), (self.Y, self.Q)):
+            squares = GU.view(layers, clients, -1).square().sum(2) @ self.blocks.weights
+            curve += (squares / r).sqrt() * torch.linalg.matrix_norm(other)
+        return 1 / curve.clamp_min(torch.finfo(curve.dtype).tiny)
+
+    def slope(self) -> Tensor:
+        """Gradient of half the error along the rotations, ``R_i`` times a skew matrix each, for the
+        inner product ``sum_i w_i <X_i, Y_i>``, in which light clients turn as fast as heavy."""
+        blocks = self.blocks
+        pull = times(blocks.B, blocks.weighted(self.X)) + times(blocks.A, blocks.weighted(self.Y))
+        G = (self.Y @ self.Q + self.X @ self.P - pull).view(self.R.shape)
+        inner = self.R.mT @ G
+        return self.R @ (inner - inner.mT) / 2
+
+
+def times(G: Tensor, U: Tensor) -> Tensor:
+    """``G U`` for symmetric ``G`` ``(L, S, S)``, in the form that BLAS is several times as fast
+    in."""
+    return (U.mT @ G).mT.contiguous()
+
+
+def spectrum(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared singular values of ``D`` ``(L, S)``, descending; ``F`` ``(L, S, S)`` with
+    ``G_B = F F^T``; eigenvectors ``(L, S, S)`` of ``F^T W G_A W F``. In float64."""
+    values, V = torch.linalg.eigh(blocks.B.double())
+    F = V * values.clamp_min(0).sqrt()[:, None]
+    w = blocks.weights.double().repeat_interleave(blocks.ref_A.shape[-1])
+    squares, vectors = torch.linalg.eigh(F.mT @ (w[:, None] * blocks.A.double() * w) @ F)
+    return squares.flip(1).clamp_min(0), F, vectors.flip(2)

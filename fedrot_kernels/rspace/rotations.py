@@ -1,0 +1,234 @@
+"""Rotations from Gram blocks: each rule gives ``(L, N, r, r)``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedrot_kernels.ops import ALIGN_MODES
+from fedrot_kernels.rspace.blocks import Blocks, Point, times
+
+ALIGN = (*ALIGN_MODES, "gpa", "optimal")
+"""What :func:`rotations` can fit rotations to."""
+
+
+def procrustes(blocks: Blocks, align: str = "joint", *, proper: bool = True) -> Tensor:
+    """``R*`` ``(L, N, r, r)`` of every client toward the reference: what
+    :func:`fedrot_kernels.align` gives at ``lam = 1``."""
+    return torch.ops.fedrot.polar(blocks.cross(align).contiguous(), proper=proper)
+
+
+def gpa(
+    blocks: Blocks, *, proper: bool = True, iterations: int = 10, tolerance: float = 1e-3
+) -> Tensor:
+    """Generalised Procrustes analysis: every client toward the weighted mean of the aligned ones.
+
+    Maximises ``f = sum_ij w_i w_j <R_i, K_ij R_j>``, ``K_ij = B_i^T B_j + A_i A_j^T``, over
+    ``i != j`` (the terms ``i = j`` are the same for all rotations), which is the mean agreement of
+    all pairs. Starts from the alignment to the reference, never decreases ``f``, and leaves a layer
+    when it grows by less than ``tolerance`` of itself. The mean is then turned to the reference as
+    a whole: that changes no product, and keeps the basis from round to round.
+
+    A step aligns all clients at once to the mean of the *others*. Where that does not raise ``f``
+    (two clients swap places), the layer steps to the mean of all instead, which cannot lower it,
+    since the matrix of all ``K_ij`` is positive semi-definite.
+
+    Source: Gower, Psychometrika 1975; ten Berge, Psychometrika 1977.
+    """
+    layers, clients, r = blocks.shape
+    K = blocks.A + blocks.B
+    diagonal = K.view(layers, clients, r, clients, r).diagonal(dim1=1, dim2=3)  # (L, r, r, N)
+    own = diagonal.permute(0, 3, 1, 2).clone()
+    diagonal.zero_()
+
+    def toward(R: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of the others as every client sees it, and ``f``."""
+        U = blocks.stacked(R)
+        M = times(K, U)
+        return M.view(R.shape), (U * M).sum((1, 2))
+
+    R = _start(blocks, K, own, proper)
+    M, f = toward(R)
+    active = torch.ones_like(f, dtype=torch.bool)
+    for _ in range(iterations):
+        new = torch.ops.fedrot.polar(M, proper=proper)
+        new_M, new_f = toward(new)
+        slow = active & ~(new_f - f > tolerance * f.abs())
+        if bool(slow.any()):
+            with_own = M + blocks.weights[:, None, None] * (own @ R)
+            safe = torch.ops.fedrot.polar(with_own, proper=proper)
+            new = torch.where(_each(slow), safe, new)
+            new_M, new_f = toward(new)
+        better = active & (new_f > f)  # not where rounding alone has moved it
+        R, M = torch.where(_each(better), new, R), torch.where(_each(better), new_M, M)
+        active = better & (new_f - f > tolerance * f.abs())
+        f = torch.where(better, new_f, f)
+        if not bool(active.any()):
+            break
+    return to_reference(blocks, R, proper=proper)
+
+
+def _start(blocks: Blocks, K: Tensor, own: Tensor, proper: bool) -> Tensor:
+    """Toward the reference; where that is zero, toward the client of most weight."""
+    _, _, r = blocks.shape
+    M = blocks.cross("joint")
+    empty = (blocks.gram_A + blocks.gram_B).abs().amax((1, 2)) == 0
+    if bool(empty.any()):
+        first = int(blocks.weights.argmax())
+        to_first = K[:, :, first * r : (first + 1) * r].reshape(M.shape).clone()
+        to_first[:, first] = own[:, first]
+        M = torch.where(_each(empty), to_first, M)
+    return torch.ops.fedrot.polar(M.contiguous(), proper=proper)
+
+
+def _each(mask: Tensor) -> Tensor:
+    """``(L,)`` against ``(L, N, r, r)``."""
+    return mask[:, None, None, None]
+
+
+def optimal(
+    blocks: Blocks,
+    *,
+    proper: bool = True,
+    iterations: int = 10,
+    tolerance: float = 3e-3,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Rotations that minimise the aggregation error ``|D - B A|`` itself, a local minimum.
+
+    Riemannian gradient descent with the polar factor as retraction and the step lengths of
+    Barzilai and Borwein (IMA J. Numer. Anal. 1988), shortened until the error falls: it falls in
+    every step, so the result is never worse than ``start``, by default :func:`gpa`. Leaves a layer
+    when its squared error falls by less than ``tolerance`` of itself. Turned to the reference as a
+    whole, as in :func:`gpa`.
+    """
+    at = Point(blocks, gpa(blocks, proper=proper) if start is None else start)
+    norm, slope = blocks.norm_square(), at.slope()
+    step = at.first_step()
+    active = torch.ones_like(step, dtype=torch.bool)
+    # No step is worth while that promises less than this.
+    least = 16 * torch.finfo(norm.dtype).eps * norm
+    for count in range(iterations):
+        promised = 2 * step * (slope.square().sum((2, 3)) @ blocks.weights)
+        active = active & (promised > least + tolerance * (norm + at.excess))
+        if not bool(active.any()):
+            break
+        new, step = _descend(at, slope, step, active, proper)
+        new_slope = new.slope()
+        change, turn = new.R - at.R, new_slope - slope
+        pairs = ((change, change), (change, turn), (turn, turn))
+        cc, ct, tt = ((a * b).sum((2, 3)) @ blocks.weights for a, b in pairs)
+        ratio = cc / ct.abs() if count % 2 else ct.abs() / tt
+        step = torch.where(ratio.isfinite() & (ratio > 0), ratio, step)
+        active = active & (at.excess - new.excess > least + tolerance * (norm + at.excess))
+        at, slope = new, new_slope
+    return to_reference(blocks, at.R, proper=proper)
+
+
+def _descend(
+    at: Point, slope: Tensor, step: Tensor, active: Tensor, proper: bool
+) -> tuple[Point, Tensor]:
+    """The next point, of less error in the active layers and the same in the others, and the
+    steps that led there."""
+    for _ in range(6):  # below a 4000th of a step it is rounding that decides
+        moved = torch.ops.fedrot.polar(at.R - _each(step) * slope, proper=proper)
+        new = Point(at.blocks, torch.where(_each(active), moved, at.R))
+        worse = active & ~(new.excess <= at.excess)
+        if not bool(worse.any()):
+            return new, step
+        step = torch.where(worse, step / 4, step)
+    return Point(at.blocks, torch.where(_each(active & ~worse), moved, at.R)), step
+
+
+def to_reference(blocks: Blocks, R: Tensor, *, proper: bool = True) -> Tensor:
+    """``R_i Q`` with the one ``Q`` per layer that turns the average toward the reference."""
+    mean = (blocks.weights[:, None, None] * (R.mT @ blocks.cross("joint"))).sum(1)
+    return R @ torch.ops.fedrot.polar(mean, proper=proper)[:, None]
+
+
+def soften(R: Tensor, lam: float | Tensor, *, proper: bool = True) -> Tensor:
+    """``polar((1 - lam) I + lam R)`` of rotations ``(..., r, r)``; ``lam`` broadcasts against
+    them."""
+    if isinstance(lam, float) and lam == 1.0:
+        return R
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    return torch.ops.fedrot.polar((1 - lam) * eye + lam * R, proper=proper)
+
+
+def auto_lam(blocks: Blocks, R: Tensor, *, proper: bool = True) -> Tensor:
+    """``lam`` ``(L,)`` in [0, 1], to about 0.01, that minimises the aggregation error of
+    ``soften(R, lam)`` in each layer: the best of six, and of its neighbours at half the distance,
+    four times. 0 and 1 are among them, so neither is better."""
+    grid = torch.linspace(0, 1, 6, dtype=R.dtype, device=R.device)
+    best = _best_lam(blocks, R, grid.expand(len(R), -1), proper)
+    for halving in range(1, 5):
+        around = torch.tensor([0.0, -0.2, 0.2], dtype=R.dtype, device=R.device) / 2**halving
+        best = _best_lam(blocks, R, (best[:, None] + around).clamp(0, 1), proper)
+    return best
+
+
+def _best_lam(blocks: Blocks, R: Tensor, grid: Tensor, proper: bool) -> Tensor:
+    """Of ``grid`` ``(L, C)`` the one of least error in each layer, the first of equals."""
+    candidates = soften(R[:, None], grid[:, :, None, None, None], proper=proper)
+    # Exactly the ends: polar() would round them.
+    ends = grid[:, :, None, None, None]
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    candidates = torch.where(ends == 1, R[:, None], torch.where(ends == 0, eye, candidates))
+    layers, clients, r = blocks.shape
+    # Candidates side by side: two products for all of them.
+    U = (
+        (blocks.weights[:, None, None] * candidates)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(layers, clients * r, -1)
+    )
+    X, Y = blocks.A @ U, blocks.B @ U
+    split = (layers, clients * r, grid.shape[1], r)
+    pull = (Y * blocks.weighted(X)).view(split).sum((1, 3))
+    U, X, Y = (t.view(split).transpose(1, 2) for t in (U, X, Y))
+    excess = ((U.mT @ Y) * (U.mT @ X)).sum((2, 3)) - 2 * pull
+    return grid.gather(1, excess.argmin(1, keepdim=True)).squeeze(1)
+
+
+def shifted(blocks: Blocks, eps: float, align: str = "joint", *, proper: bool = True) -> Tensor:
+    """``polar(M + eps |M| I)`` with Frobenius' norm: turns where the evidence is strong, and stays
+    where it is weak; no soft rotation, and ``eps`` in its place."""
+    M = blocks.cross(align)
+    eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    moved = M + eps * torch.linalg.matrix_norm(M)[..., None, None] * eye
+    return torch.ops.fedrot.polar(moved, proper=proper)
+
+
+def rotations(
+    blocks: Blocks, *, align: str = "optimal", lam: float | str = 1.0, proper: bool = True
+) -> Tensor:
+    """The rotations ``(L, N, r, r)`` to average with: ``R*`` of ``align``, softened by ``lam``.
+
+    Raises:
+        ValueError: ``align`` is not of ``ALIGN``, or ``lam`` neither in [0, 1] nor ``"auto"``.
+    """
+    check_options(align, lam)
+    if align in ALIGN_MODES:
+        R = procrustes(blocks, align, proper=proper)
+    else:
+        R = (gpa if align == "gpa" else optimal)(blocks, proper=proper)
+    if isinstance(lam, str):
+        chosen = auto_lam(blocks, R, proper=proper)[:, None, None, None]
+        soft = soften(R, chosen, proper=proper)
+        return torch.where(chosen == 1, R, soft)
+    return soften(R, float(lam), proper=proper)
+
+
+def check_options(align: str, lam: float | str) -> None:
+    """Raise ValueError unless ``align`` is of ``ALIGN`` and ``lam`` as :func:`check_lam` wants."""
+    if align not in ALIGN:
+        raise ValueError(f"align must be one of {', '.join(ALIGN)}, got {align!r}")
+    check_lam(lam)
+
+
+def check_lam(lam: float | str) -> None:
+    """Raise ValueError unless ``lam`` is in [0, 1] or ``"auto"``."""
+    if isinstance(lam, str):
+        if lam != "auto":
+            raise ValueError(f"lam must be a number or auto, got {lam!r}")
+    elif not 0.0 <= lam <= 1.0:
+        raise ValueError(f"lam must lie in [0, 1], got {lam}")
