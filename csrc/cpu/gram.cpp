@@ -1,7 +1,6 @@
 // Gram blocks of all layers, spread over threads.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 
 #include "buffer.h"
 #include "engine.h"

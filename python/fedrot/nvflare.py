@@ -8,7 +8,6 @@ needs `pip install 'fedrot[nvflare]'`.
 from __future__ import annotations
 
 import math
-import re
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrot.adapters.layers import factor_keys, factor_of
+from fedrot.adapters.layers import factor_keys
 from fedrot.factors import Factors
 from fedrot.methods import FedRot
 from fedrot.methods.base import wide
@@ -38,9 +37,6 @@ except ModuleNotFoundError as error:
     if not (error.name or "").startswith("nvflare"):
         raise
     raise ImportError("fedrot.nvflare needs NVFLARE: pip install 'fedrot[nvflare]'") from None
-
-# Tensors beside the factors that do not forbid to rotate them; AdaLoRA's `lora_E` does.
-_BESIDE_FACTORS = re.compile(r".+\.lora_(B(\.[^.]+)?\.bias|magnitude_vector(\..+)?)")
 
 
 class FedRotAggregator(ModelAggregator):
@@ -243,9 +239,6 @@ class _Round:
 
 def _layers(sent: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The keys of both factors of every layer of the global model."""
-    for key in sent:
-        if ".lora_" in key and not factor_of(key) and not _BESIDE_FACTORS.fullmatch(key):
-            raise ValueError(f"the global model has {key!r}, which may forbid to rotate factors")
     layers = factor_keys(sent)
     if not layers:
         raise ValueError("the global model has no LoRA factors")
