@@ -47,11 +47,13 @@ def align_aggregate(
             and says which rank and why; on the rank itself the cause is chained. The group stays
             usable.
         ValueError: on every rank: ranks differ in reference or options, no rank has a client with
-            a positive weight, or the result overflows.
+            a positive weight, or the weights or the result overflow; on this rank alone: it is not
+            in the group.
 
     A rank that dies, or never calls, is found out by the timeout of the group alone.
     """
-    dist.get_rank(group)  # raises where there is no group, before anyone is trained
+    if dist.get_rank(group) < 0:  # raises where there is no group at all
+        raise ValueError(f"group: rank {dist.get_rank()} is not in it")
     cause = None
     try:
         aggregator = StreamingAggregator(
@@ -99,7 +101,9 @@ def _agree(report: _Report, cause: Exception | None, group: dist.ProcessGroup | 
                 "every rank must have the same reference, on the same kind of device, and the same "
                 f"options: rank {r} differs from rank {ranks[0]}"
             )
-    total = math.fsum(r.weight for r in reports)
+    total = sum(r.weight for r in reports)
+    if not math.isfinite(total):
+        raise ValueError(f"weights must have a finite sum, got {total} over all ranks")
     check_total(sum(r.clients for r in reports), total)
     return total
 
