@@ -27,6 +27,10 @@ class Clients:
     or a whole number of clients from 2 on. ``weights``: what a client counts in the average.
     ``ranks``: the clients' own ranks in turn, none above ``lora.r``, which all have for ``null``;
     the scaling is that of ``lora.r`` for all.
+
+    ``attackers``: so many, the last ones, try to spoil the average (``simulation/attacks.py``):
+    by the ``attack`` ``sign-flip`` or ``noise``, ``attack_strength`` times as large as the change
+    that they trained, or by training on wrong ``labels``.
     """
 
     count: int = option(10, at_least=1)
@@ -37,12 +41,20 @@ class Clients:
     participation: float = option(1.0, above=0)
     weights: str = option("uniform", choices=("uniform", "samples"))
     ranks: tuple[int, ...] | None = option(None, at_least=1)
+    attackers: int = option(0, at_least=0)
+    attack: str = option("sign-flip", choices=("sign-flip", "noise", "labels"))
+    attack_strength: float = option(10.0, above=0)
 
     def __post_init__(self) -> None:
         if self.participation > 1 and self.participation not in range(2, self.count + 1):
             raise FedrotError(
                 "clients.participation must be a fraction up to 1, or a whole number from 2 to "
                 f"clients.count={self.count}, got {self.participation:g}"
+            )
+
+        if self.attackers >= self.count:
+            raise FedrotError(
+                f"clients.attackers must be below clients.count={self.count}, got {self.attackers}"
             )
 
     @property

@@ -5,6 +5,7 @@ from fedrot.methods.base import Method, Server, residual
 from fedrot.methods.exact import FedExLoRA, FlexLoRA, FLoRA
 from fedrot.methods.fair import LoRAFAIR
 from fedrot.methods.fedrot import FedRot
+from fedrot.methods.robust import Robust
 
 # By the names of the command line and the configuration.
 METHODS: dict[str, type[Method]] = {
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "flora": FLoRA,
     "lora-fair": LoRAFAIR,
     "fedrot": FedRot,
+    "robust": Robust,
 }
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "LoRAFAIR",
     "Method",
     "RoLoRA",
+    "Robust",
     "Server",
     "residual",
 ]

@@ -109,8 +109,8 @@ def average(
     the operator has no rotation for, ``rspace.aggregate`` finds."""
     operator = align in ALIGN_MODES and lam != "auto"
     function = torch.ops.fedrot.align_aggregate if operator else rspace.aggregate
-    arguments = _arguments(uploads, reference)
-    return _factors(reference, function(*arguments, weights, lam=lam, align=align, proper=proper))
+    given = arguments(uploads, reference)
+    return _factors(reference, function(*given, weights, lam=lam, align=align, proper=proper))
 
 
 def in_rspace(
@@ -120,13 +120,18 @@ def in_rspace(
     solve: rspace.Solver,
 ) -> Factors:
     """``rspace.combined`` on :class:`Factors`."""
-    arguments = _arguments(uploads, reference)
-    return _factors(reference, rspace.combined(*arguments, weights, solve))
+    given = arguments(uploads, reference)
+    return _factors(reference, rspace.combined(*given, weights, solve))
 
 
-def _arguments(
+def arguments(
     uploads: Sequence[Factors], reference: Factors
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """What the operators take.
+
+    Raises:
+        ValueError: clients differ in their layers, from each other or from the reference.
+    """
     lora_A, lora_B = client_major(uploads)
     if list(uploads[0].A) != list(reference.A):
         raise ValueError(

@@ -163,7 +163,11 @@ def _about(setting: str, synthetic: bool, prefix: str = "") -> list[str]:
 
 def _title(config: Config) -> str:
     synthetic = " (synthetic)" if config.synthetic else ""
-    return f"{config.method.name}, setting {config.setting}{synthetic}, seed {config.seed}"
+    bad = config.clients.attackers
+    attackers = f", {bad} attacker{_s(bad)} ({config.clients.attack})" if bad else ""
+    return (
+        f"{config.method.name}, setting {config.setting}{synthetic}{attackers}, seed {config.seed}"
+    )
 
 
 def _s(count: int) -> str:

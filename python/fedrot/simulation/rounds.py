@@ -25,7 +25,7 @@ from fedrot.methods import FedIT, Server
 from fedrot.metrics import aggregation_error, rotation_angles, total
 from fedrot.report.pages import write_run_report
 from fedrot.server import Update, Upload, serve
-from fedrot.simulation import checkpoint, loggers
+from fedrot.simulation import attacks, checkpoint, loggers
 from fedrot.simulation.adapter import (
     FrozenWeights,
     adapt,
@@ -156,7 +156,9 @@ def prepare(config: Config, track: Track = no_progress) -> Federation:
         data = hold_out(data, config.validation, config.seed)
     base = config.task.load_model(data).to(device)
     model = adapt(base, config.lora, config.task.lora_targets(base))
-    examples = split(data, config.clients, config.seed)
+    data, examples = attacks.poisoned(
+        data, split(data, config.clients, config.seed), config.clients
+    )
     head = get_head(model) if config.local.head else {}
     memory = remember(model, data.train)
     return Federation(config, data, model, FrozenWeights(model), head, examples, memory)
@@ -262,7 +264,10 @@ def train_round(federation: Federation, server: Server, track: Track = no_progre
         track=track,
     )
     _check_converging(clients, done.losses, round, config.local.lr)
-    trained = done.factors
+    trained = [
+        attacks.spoiled(i, new, old, config.clients, generator(seed, "attack", round, i))
+        for i, new, old in zip(clients, done.factors, starts, strict=True)
+    ]
     if config.regauge:
         gauges = [generator(seed, "gauge", round, i) for i in clients]
         trained = [regauge(f, gauge) for f, gauge in zip(trained, gauges, strict=True)]

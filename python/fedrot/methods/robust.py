@@ -1,0 +1,184 @@
+"""Averages that a few bad clients cannot spoil, taken in aligned coordinates.
+
+Rules that compare clients coordinate by coordinate suppose that coordinate 3 means the same for all
+of them. For LoRA factors it does so only after the rotation: two honest clients with one product
+``B_i A_i`` in two bases look like outliers to each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedrot.factors import Factors
+from fedrot.methods.base import Method, arguments, average, normalised, wide
+from fedrot_kernels import ALIGN_MODES, rspace
+
+RULES = ("median", "trimmed", "krum", "multi-krum", "clip")
+
+
+@dataclass(frozen=True)
+class Robust(Method):
+    """Rotate each client toward the reference, then combine by a rule that outliers cannot move.
+
+    ``rule``, with ``f`` = ``attackers``, the number of bad clients to withstand:
+
+    - ``"median"`` of every coordinate, ``"trimmed"``: its mean without the ``f`` largest and the
+      ``f`` smallest values (arXiv 1803.01498).
+    - ``"krum"``: the one client that is closest to its ``N - f - 2`` nearest others,
+      ``"multi-krum"``: the mean of the ``N - f`` best by that score (arXiv 1703.02757). Distances
+      are ``||B_i A_i - B_j A_j||_F``, the same in any basis.
+    - ``"clip"``: the mean of the changes of the reference, none longer than ``bound``; 0 stands for
+      the median of their lengths (norm clipping, arXiv 1911.07963).
+
+    ``"multi-krum"`` and ``"clip"`` average with the clients' weights. The others give every client
+    one vote, since a weight is as easily forged as an update; one of weight 0 has none.
+
+    ``lam``, ``align``, ``proper``: as for FedRot-LoRA. ``lam`` is 1: what a soft rotation leaves of
+    the bases' difference would count as disagreement, and so would a reflection, so ``proper`` is
+    false. ``align="gpa"`` and ``"optimal"``, which take their target from all clients, are not for
+    this.
+    """
+
+    name: ClassVar[str] = "Robust FedRot-LoRA"
+
+    rule: str = "median"
+    attackers: int = 1
+    bound: float = 0.0
+    lam: float = 1.0
+    align: str = "joint"
+    proper: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be {', '.join(RULES)}, got {self.rule!r}")
+        if self.attackers < 0:
+            raise ValueError(f"attackers must not be negative, got {self.attackers}")
+        if not 0 <= self.bound < float("inf"):
+            raise ValueError(f"bound must be finite and not negative, got {self.bound}")
+        if self.align not in ALIGN_MODES:
+            raise ValueError(f"align must be joint, A or B, got {self.align!r}")
+        if isinstance(self.lam, str):
+            raise ValueError(f"lam must be a number, got {self.lam!r}")
+        rspace.check_lam(self.lam)
+
+    def aggregate(
+        self,
+        uploads: Sequence[Factors],
+        reference: Factors,
+        weights: Tensor | None = None,
+        *,
+        round: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Factors:
+        w = normalised(weights, len(uploads))
+        voters = [i for i, weight in enumerate(w.tolist()) if weight > 0]
+        uploads, w = [uploads[i] for i in voters], w[voters]
+        f, clients = self.attackers, len(uploads)
+        if self.rule == "krum":
+            return self._mean([uploads[i] for i in krum(uploads, reference, f)[:1]], reference)
+        if self.rule == "multi-krum":
+            best = sorted(krum(uploads, reference, f)[: clients - f])
+            return self._mean([uploads[i] for i in best], reference, w[best])
+        if self.rule == "clip":
+            return self._clipped(uploads, reference, w)
+        cut = (clients - 1) // 2 if self.rule == "median" else f
+        if clients <= 2 * cut:
+            raise ValueError(
+                f"attackers must be below half of the {clients} clients for rule=trimmed, got {f}"
+            )
+        return self._each(uploads, reference, lambda t, like: trimmed_mean(t, cut))
+
+    def _mean(
+        self, uploads: Sequence[Factors], reference: Factors, weights: Tensor | None = None
+    ) -> Factors:
+        return average(
+            uploads, reference, weights, lam=self.lam, align=self.align, proper=self.proper
+        )
+
+    def _clipped(self, uploads: Sequence[Factors], reference: Factors, w: Tensor) -> Factors:
+        squares: list[Tensor] = []
+
+        def measure(t: Tensor, like: Tensor) -> Tensor:
+            squares.append((t - wide(like)).flatten(1).double().square().sum(1))
+            return like
+
+        self._each(uploads, reference, measure)
+        lengths = torch.stack(squares).sum(0).sqrt()
+        bound = self.bound or trimmed_mean(lengths, (len(uploads) - 1) // 2)
+        share = w.to(lengths) * (bound / lengths).clamp(max=1).nan_to_num(1)  # a length may be 0
+
+        def clip(t: Tensor, like: Tensor) -> Tensor:
+            change = (share.to(t)[:, None, None] * (t - wide(like))).sum(0)
+            return wide(like) + change
+
+        return self._each(uploads, reference, clip)
+
+    def _each(
+        self,
+        uploads: Sequence[Factors],
+        reference: Factors,
+        rule: Callable[[Tensor, Tensor], Tensor],
+    ) -> Factors:
+        """``rule`` on the aligned clients ``(N, r, k)`` and the reference ``(r, k)`` of every
+        ``A``, and so for ``B``; one layer in memory at a time."""
+        given = arguments(uploads, reference)
+        rotations = torch.ops.fedrot.align(
+            *given, lam=self.lam, align=self.align, proper=self.proper
+        )
+        A, B = {}, {}
+        for i, module in enumerate(reference.A):
+            R = rotations[i :: len(reference.A)]
+            like_A, like_B = reference.A[module], reference.B[module]
+            turned_A = [r.mT @ wide(u.A[module]) for r, u in zip(R, uploads, strict=True)]
+            turned_B = [wide(u.B[module]) @ r for r, u in zip(R, uploads, strict=True)]
+            A[module] = rule(torch.stack(turned_A), like_A).to(like_A.dtype)
+            B[module] = rule(torch.stack(turned_B), like_B).to(like_B.dtype)
+        return Factors(A, B)
+
+
+def trimmed_mean(values: Tensor, cut: int) -> Tensor:
+    """Mean over the first dimension without the ``cut`` largest and smallest; with
+    ``cut = (N - 1) // 2`` the median, between two middle values their mean."""
+    return values.sort(0).values[cut : len(values) - cut].mean(0)
+
+
+def krum(uploads: Sequence[Factors], reference: Factors, attackers: int) -> list[int]:
+    """The clients from the best to the worst: by the sum of squared distances of their products
+    to the ``N - attackers - 2`` nearest others. Ties go to the lower number.
+
+    Raises:
+        ValueError: there are fewer than ``attackers + 3`` clients.
+    """
+    nearest = len(uploads) - attackers - 2
+    if nearest < 1:
+        raise ValueError(
+            f"attackers must be at most N - 3 = {len(uploads) - 3} for Krum, got {attackers}"
+        )
+    distances = product_distances(uploads, reference)
+    distances.fill_diagonal_(float("inf"))
+    scores = distances.sort(1).values[:, :nearest].sum(1)
+    return scores.argsort(stable=True).tolist()
+
+
+def product_distances(uploads: Sequence[Factors], reference: Factors) -> Tensor:
+    """``||B_i A_i - B_j A_j||_F^2`` over all layers, ``(N, N)``, float64, from Gram blocks: no
+    ``d x k`` matrix is formed."""
+    clients = len(uploads)
+    inner = torch.zeros(clients, clients, dtype=torch.float64)
+    for rank in {A.shape[0] for A in reference.A.values()}:  # Gram blocks are of layers of one rank
+        modules = [module for module, A in reference.A.items() if A.shape[0] == rank]
+        *parts, ref = (
+            Factors({m: f.A[m] for m in modules}, {m: f.B[m] for m in modules})
+            for f in (*uploads, reference)
+        )
+        gram_A, gram_B = torch.ops.fedrot.gram(*arguments(parts, ref))
+        size = clients * rank  # what follows is the reference
+        products = (gram_A.double() * gram_B.double())[:, :size, :size].sum(0)
+        inner += products.view(clients, rank, clients, rank).sum((1, 3)).cpu()
+    norms = inner.diagonal()
+    return (norms[:, None] + norms - 2 * inner).clamp_min(0)

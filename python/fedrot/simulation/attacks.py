@@ -1,0 +1,66 @@
+"""Planted attackers: the last ``clients.attackers`` clients hand in what harms the average."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedrot.errors import FedrotError
+from fedrot.factors import Factors
+from fedrot.tasks import TaskData
+
+if TYPE_CHECKING:
+    from fedrot.config import Clients
+
+
+def poisoned(
+    data: TaskData, examples: list[Tensor], clients: Clients
+) -> tuple[TaskData, list[Tensor]]:
+    """``attack=labels``: attackers train on class ``c - 1 - y`` in the place of ``y``, of ``c``
+    classes. Their examples are copies behind all others, so the honest ones stay as they are.
+
+    Raises:
+        FedrotError: the labels of the task are not classes.
+    """
+    if clients.attack != "labels" or not clients.attackers:
+        return data, examples
+    labels = data.train["labels"]
+    if labels.dim() != 1:
+        raise FedrotError("clients.attack=labels needs a task that classifies")
+    largest, train, moved = int(labels.max()), dict(data.train), list(examples)
+    for client in range(clients.count - clients.attackers, clients.count):
+        rows, size = examples[client], len(train["labels"])
+        copies = {key: value[rows] for key, value in data.train.items()}
+        copies["labels"] = largest - copies["labels"]
+        train = {key: torch.cat([value, copies[key]]) for key, value in train.items()}
+        moved[client] = torch.arange(size, size + len(rows))
+    return replace(data, train=train), moved
+
+
+def spoiled(
+    client: int, trained: Factors, start: Factors, clients: Clients, generator: torch.Generator
+) -> Factors:
+    """What a client hands in instead of what it trained; the same from an honest one.
+
+    With ``s = clients.attack_strength``: ``sign-flip`` goes ``s`` times as far from the start in
+    the opposite direction, ``noise`` adds normal numbers ``s`` times as large as the change.
+    """
+    if client < clients.count - clients.attackers or clients.attack == "labels":
+        return trained
+    strength = clients.attack_strength
+
+    def attack(new: Tensor, old: Tensor) -> Tensor:
+        change = new - old
+        if clients.attack == "sign-flip":
+            return old - strength * change
+        size = strength * change.float().square().mean().sqrt()
+        noise = torch.randn(change.shape, generator=generator)
+        return new + (size.cpu() * noise).to(new)
+
+    return Factors(
+        {module: attack(A, start.A[module]) for module, A in trained.A.items()},
+        {module: attack(B, start.B[module]) for module, B in trained.B.items()},
+    )

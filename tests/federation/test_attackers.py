@@ -1,0 +1,82 @@
+"""Planted attackers in a run: who they are, and what they hand in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import SMALL
+
+from fedrot.config import load
+from fedrot.errors import FedrotError
+from fedrot.options import parse_overrides
+from fedrot.simulation.rounds import prepare, train_round
+
+
+def trained(*options):
+    federation = prepare(load(parse_overrides([*SMALL, *options])))
+    server = federation.start()
+    return federation, server, train_round(federation, server).factors
+
+
+@pytest.fixture(scope="module")
+def honest():
+    return trained()
+
+
+def test_sign_flip_goes_back_as_often_as_it_says(honest):
+    _, server, plain = honest
+    _, _, found = trained("clients.attackers=1", "clients.attack_strength=3")
+    for mine, theirs in zip(plain[:3], found[:3], strict=True):
+        assert all(torch.equal(mine.B[m], theirs.B[m]) for m in mine.B)
+    for side in "AB":
+        for module, start in getattr(server.factors, side).items():
+            change = getattr(plain[3], side)[module] - start
+            torch.testing.assert_close(getattr(found[3], side)[module], start - 3 * change)
+
+
+def test_noise_is_as_large_as_it_says(honest):
+    _, server, plain = honest
+    _, _, found = trained(
+        "clients.attackers=2", "clients.attack=noise", "clients.attack_strength=5"
+    )
+    for client in (2, 3):
+        for module, start in server.factors.B.items():
+            added = found[client].B[module] - plain[client].B[module]
+            change = plain[client].B[module] - start
+            ratio = added.square().mean().sqrt() / change.square().mean().sqrt()
+            assert 3.5 < float(ratio) < 6.5
+    added = [found[i].B[module] - plain[i].B[module] for i in (2, 3)]
+    assert not torch.allclose(added[0], added[1])
+
+
+def test_labels_are_turned_around_for_attackers_alone(honest):
+    before, _, plain = honest
+    after, _, found = trained("clients.attackers=1", "clients.attack=labels")
+    labels = before.data.train["labels"]
+    for client in range(3):
+        assert torch.equal(before.examples[client], after.examples[client])
+        assert all(torch.equal(plain[client].B[m], found[client].B[m]) for m in plain[0].B)
+    wrong = after.data.train["labels"][after.examples[3]]
+    assert torch.equal(wrong, labels.max() - labels[before.examples[3]])
+    assert torch.equal(after.data.train["labels"][: len(labels)], labels)
+    assert any(not torch.equal(plain[3].B[m], found[3].B[m]) for m in plain[0].B)
+
+
+def test_what_is_refused():
+    with pytest.raises(FedrotError, match=r"clients.attackers must be below clients.count=4"):
+        load(parse_overrides([*SMALL, "clients.attackers=4"]))
+    with pytest.raises(FedrotError, match="labels needs a task that classifies"):
+        prepare(
+            load(
+                {"task": {"name": "strings"}},
+                parse_overrides(
+                    [
+                        "task.pretrain_steps=1",
+                        "clients.count=3",
+                        "clients.partition=iid",
+                        "clients.attackers=1",
+                        "clients.attack=labels",
+                    ]
+                ),
+            )
+        )

@@ -1,0 +1,194 @@
+"""Robust averages by hand, and against attackers that spoil plain and unaligned ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedrot.factors import Factors, truncate
+from fedrot.gauge import regauge
+from fedrot.methods import FedRot, Robust
+from fedrot.methods.robust import krum, product_distances, trimmed_mean
+
+RULES = {
+    "median": Robust("median"),
+    "trimmed": Robust("trimmed", attackers=3),
+    "krum": Robust("krum", attackers=3),
+    "multi-krum": Robust("multi-krum", attackers=3),
+    "clip": Robust("clip"),
+}
+
+
+def scalar(B: float, A: float = 1.0) -> Factors:
+    """One layer of rank 1: the rotation is 1 as long as both factors stay positive."""
+    return Factors({"m": torch.tensor([[A]])}, {"m": torch.tensor([[B]])})
+
+
+REFERENCE = scalar(1.0)
+CLIENTS = [scalar(2.0), scalar(1.5), scalar(2.5), scalar(1.0), scalar(100.0)]
+
+
+@pytest.mark.parametrize(
+    ("method", "B"),
+    [
+        (Robust("median"), 2.0),
+        (Robust("trimmed", attackers=1), 2.0),  # of 1.5, 2, 2.5
+        (Robust("trimmed", attackers=0), 21.4),
+        # Squared distances to the two nearest: .25 + .25, .25 + .25, .25 + 1, .25 + 1, far.
+        (Robust("krum", attackers=1), 2.0),
+        (Robust("multi-krum", attackers=1), 1.75),  # all but the last
+        # Changes 1, .5, 1.5, 0, 99, of which the median is 1: 1, .5, 1, 0, 1 remain.
+        (Robust("clip"), 1.7),
+        (Robust("clip", bound=0.25), 1.2),
+    ],
+)
+def test_by_hand(method, B):
+    out = method.aggregate(CLIENTS, REFERENCE)
+    torch.testing.assert_close(out.B["m"], torch.tensor([[B]]))
+    torch.testing.assert_close(out.A["m"], torch.tensor([[1.0]]))
+
+
+def test_weights():
+    weights = torch.tensor([1.0, 3.0, 0.0, 0.0, 4.0])
+    # Two clients and an outlier: one vote each for the median, their weights when clipped.
+    out = Robust("median").aggregate(CLIENTS, REFERENCE, weights)
+    assert out.B["m"].item() == 2.0
+    out = Robust("clip").aggregate(CLIENTS, REFERENCE, weights)  # changes 1, .5, 99: no more than 1
+    assert out.B["m"].item() == pytest.approx(1 + (1 * 1 + 3 * 0.5 + 4 * 1) / 8)
+    weights = torch.tensor([1.0, 3.0, 2.0, 2.0, 4.0])
+    out = Robust("multi-krum").aggregate(CLIENTS, REFERENCE, weights)
+    assert out.B["m"].item() == pytest.approx((2 + 3 * 1.5 + 2 * 2.5 + 2 * 1) / 8)
+
+
+def federation(clients=10, *, seed=0, bases=True, dtype=torch.float32):
+    """Honest clients near the reference, in bases of their own; layers of two ranks."""
+    gen = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    shapes = {"q": (12, 9, 4), "v": (8, 10, 4), "head": (5, 7, 2)}
+    ref = Factors(
+        {m: randn(r, k) for m, (_, k, r) in shapes.items()},
+        {m: randn(d, r) for m, (d, _, r) in shapes.items()},
+    )
+    uploads = []
+    for _ in range(clients):
+        near = Factors(
+            {m: A + 0.1 * randn(*A.shape) for m, A in ref.A.items()},
+            {m: B + 0.1 * randn(*B.shape) for m, B in ref.B.items()},
+        )
+        uploads.append(regauge(near, gen) if bases else near)
+    return cast(ref, dtype), [cast(u, dtype) for u in uploads]
+
+
+def cast(f: Factors, dtype) -> Factors:
+    return Factors(*({m: t.to(dtype) for m, t in side.items()} for side in (f.A, f.B)))
+
+
+def attack(kind: str, honest: Factors, reference: Factors, gen: torch.Generator) -> Factors:
+    def spoil(t, ref):
+        if kind == "sign flip":
+            return ref - 10 * (t - ref)
+        return t + 10 * torch.randn(t.shape, generator=gen, dtype=t.dtype)
+
+    return Factors(
+        {m: spoil(A, reference.A[m]) for m, A in honest.A.items()},
+        {m: spoil(B, reference.B[m]) for m, B in honest.B.items()},
+    )
+
+
+def distance(f: Factors, target: dict[str, torch.Tensor]) -> float:
+    """Of the products, relative to the target."""
+    squares = [(f.B[m] @ f.A[m] - t).square().sum() for m, t in target.items()]
+    return float(sum(squares) / sum(t.square().sum() for t in target.values())) ** 0.5
+
+
+@pytest.mark.parametrize("kind", ["sign flip", "noise"])
+@pytest.mark.parametrize("rule", RULES)
+def test_planted_attackers(rule, kind):
+    """Three of ten. The plain average of aligned clients is far off, several times what there is to
+    find; the robust ones in the clients' own bases find little of it."""
+    reference, uploads = federation()
+    gen = torch.Generator().manual_seed(1)
+    honest = {m: sum(u.B[m] @ u.A[m] for u in uploads[:7]) / 7 for m in reference.A}
+    # The attackers, unlike the honest, need not care for a basis: the aligned one hurts most.
+    near = federation(bases=False, seed=2)[1]
+    uploads = uploads[:7] + [attack(kind, u, reference, gen) for u in near[7:]]
+    robust = distance(RULES[rule].aggregate(uploads, reference), honest)
+    plain = distance(FedRot(lam=1.0).aggregate(uploads, reference), honest)
+    assert robust < 0.15 and plain > 5
+    if rule != "krum":  # one client, whose basis does not matter
+        options = {"attackers": RULES[rule].attackers, "lam": 0.0}
+        unaligned = distance(Robust(rule, **options).aggregate(uploads, reference), honest)
+        assert unaligned > 0.6
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_basis_of_the_clients_own_changes_nothing(rule):
+    """With M far from singular the aligned clients are the same, whatever the basis."""
+    reference, uploads = federation(dtype=torch.float64)
+    gen = torch.Generator().manual_seed(3)
+    again = [regauge(u, gen) for u in uploads]
+    one, two = (RULES[rule].aggregate(u, reference) for u in (uploads, again))
+    for m in reference.A:
+        torch.testing.assert_close(one.A[m], two.A[m])
+        torch.testing.assert_close(one.B[m], two.B[m])
+
+
+def test_without_attackers_and_cuts_it_is_fedrot():
+    reference, uploads = federation(5, dtype=torch.float64)
+    mean = FedRot(lam=1.0, proper=False).aggregate(uploads, reference)
+    for method in (Robust("trimmed", attackers=0), Robust("clip", bound=1e6)):
+        out = method.aggregate(uploads, reference)
+        for m in reference.A:
+            torch.testing.assert_close(out.A[m], mean.A[m])
+            torch.testing.assert_close(out.B[m], mean.B[m])
+
+
+def test_distances_are_those_of_the_products():
+    reference, uploads = federation(4, dtype=torch.float64)
+    uploads[1] = truncate(uploads[1], 2)  # a smaller rank
+    found = product_distances(uploads, reference)
+    for i, a in enumerate(uploads):
+        for j, b in enumerate(uploads):
+            squares = [(a.B[m] @ a.A[m] - b.B[m] @ b.A[m]).square().sum() for m in reference.A]
+            assert float(found[i, j]) == pytest.approx(float(sum(squares)), abs=1e-9)
+
+
+def test_smaller_ranks_and_narrow_dtypes():
+    reference, uploads = federation(5, dtype=torch.bfloat16)
+    uploads[0] = truncate(uploads[0], 2)
+    for method in (Robust("median"), Robust("krum"), Robust("clip")):
+        out = method.aggregate(uploads, reference)
+        for m in reference.A:
+            assert out.A[m].dtype == torch.bfloat16 and out.A[m].shape == reference.A[m].shape
+        exact = {m: reference.B[m].float() @ reference.A[m].float() for m in reference.A}
+        assert distance(cast(out, torch.float32), exact) < 0.3
+
+
+def test_clip_with_a_client_that_did_not_move():
+    out = Robust("clip").aggregate([REFERENCE, REFERENCE, scalar(9.0)], REFERENCE)
+    assert out.B["m"].item() == 1.0  # the median length is 0: nobody moves
+    torch.testing.assert_close(trimmed_mean(torch.tensor([4.0, 1, 9, 2]), 1), torch.tensor(3.0))
+    assert krum([scalar(1.0)] * 4, REFERENCE, 1) == [0, 1, 2, 3]
+
+
+def test_what_is_refused():
+    for options, message in [
+        ({"rule": "mean"}, "rule must be median, trimmed"),
+        ({"attackers": -1}, "attackers must not be negative, got -1"),
+        ({"bound": float("inf")}, "bound must be finite"),
+        ({"align": "gpa"}, "align must be joint, A or B, got 'gpa'"),
+        ({"lam": "auto"}, "lam must be a number, got 'auto'"),
+        ({"lam": 1.5}, "lam"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Robust(**options)
+    with pytest.raises(ValueError, match="below half of the 4 clients for rule=trimmed, got 2"):
+        Robust("trimmed", attackers=2).aggregate(CLIENTS[:4], REFERENCE)
+    with pytest.raises(ValueError, match="at most N - 3 = 1 for Krum, got 2"):
+        Robust("krum", attackers=2).aggregate(CLIENTS[:4], REFERENCE)
+    with pytest.raises(ValueError, match="client 1 has layers"):
+        other = Factors({"x": torch.ones(1, 1)}, {"x": torch.ones(1, 1)})
+        Robust().aggregate([CLIENTS[0], other], REFERENCE)
