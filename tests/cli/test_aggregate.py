@@ -170,3 +170,27 @@ def test_bad_input_is_one_line_and_writes_nothing(clients, tmp_path, monkeypatch
     assert (code, stdout) == (1, "")
     assert message in stderr and stderr.count("\n") == 1
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_robust_rule_leaves_out_the_bad_one(tmp_path):
+    good = write(tmp_path / "a", 1)
+    folders = [good]
+    for name, factor in (("b", 1.0), ("c", 1.0), ("bad", -50.0)):
+        folder = write(tmp_path / name, 1)
+        tensors = {key: t.clone() for key, t in read(good).items()}
+        tensors[KEY_B] *= factor
+        save_file(tensors, folder / "adapter_model.safetensors")
+        folders.append(folder)
+    out = tmp_path / "merged"
+    args = ("aggregate", *folders, "-o", out, "--reference", good)
+    for rule in ("median", "krum", "multi-krum"):
+        code, stdout, _ = fedrot(*args, "--rule", rule, "--force")
+        assert code == 0 and f"{rule}, lam 1, align joint" in stdout
+        product = read(out)[KEY_B] @ read(out)[KEY_A]
+        torch.testing.assert_close(product, read(good)[KEY_B] @ read(good)[KEY_A])
+    made = json.loads((out / "fedrot_provenance.json").read_text())["method"]
+    assert made["rule"] == "multi-krum" and made["proper"] is False
+    code, _, stderr = fedrot(*args, "--rule", "trimmed", "--attackers", 2, "--force")
+    assert code == 1 and "attackers must be below half of the 4 clients" in stderr
+    code, _, stderr = fedrot(*args, "--rule", "median", "--lam", "auto", "--force")
+    assert code == 1 and "lam must be a number" in stderr

@@ -192,3 +192,10 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="client 1 has layers"):
         other = Factors({"x": torch.ones(1, 1)}, {"x": torch.ones(1, 1)})
         Robust().aggregate([CLIENTS[0], other], REFERENCE)
+    with pytest.raises(ValueError, match="at least one client"):
+        Robust().aggregate([], REFERENCE)
+    for weights in ([1.0, 1], [1.0, 1, 1, 1, -1], [1.0, 1, 1, 1, float("nan")]):
+        with pytest.raises(ValueError, match="weights"):
+            Robust().aggregate(CLIENTS, REFERENCE, torch.tensor(weights))
+    with pytest.raises(ValueError, match="client 4, layer 0"):
+        Robust().aggregate([*CLIENTS[:4], scalar(float("inf"))], REFERENCE)

@@ -12,7 +12,7 @@ from fedrot.cli._run import user_errors
 
 if TYPE_CHECKING:
     from fedrot.adapters import Merged
-    from fedrot.methods import FedRot
+    from fedrot.methods import FedRot, Robust
 
 
 class Align(str, Enum):
@@ -23,6 +23,17 @@ class Align(str, Enum):
     B = "B"
     gpa = "gpa"
     optimal = "optimal"
+
+
+class Rule(str, Enum):
+    """How the aligned adapters become one."""
+
+    mean = "mean"
+    median = "median"
+    trimmed = "trimmed"
+    krum = "krum"
+    multi_krum = "multi-krum"
+    clip = "clip"
 
 
 def read_lam(text: str) -> float | str:
@@ -56,8 +67,19 @@ def aggregate(
     ] = "1.0",
     align: Annotated[Align, typer.Option(help="Factors the rotation is fitted to.")] = Align.joint,
     proper: Annotated[
-        bool, typer.Option("--proper/--improper", help="Rotations only, or reflections too.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--proper/--improper",
+            help="Rotations only, or reflections too; proper for the mean alone if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    rule: Annotated[
+        Rule, typer.Option(help="How they are combined; all but mean withstand bad ones.")
+    ] = Rule.mean,
+    attackers: Annotated[
+        int, typer.Option(help="How many bad ones to withstand: trimmed, krum, multi-krum.")
+    ] = 1,
     rank: Annotated[
         int | None, typer.Option(help="Pad the reference to this rank first.", show_default=False)
     ] = None,
@@ -66,9 +88,13 @@ def aggregate(
 ) -> None:
     """Align LoRA adapters to a reference and average them into one PEFT folder."""
     from fedrot import adapters
-    from fedrot.methods import FedRot
+    from fedrot.methods import FedRot, Robust
 
-    method = FedRot(read_lam(lam), align.value, proper)
+    mean, found = rule is Rule.mean, read_lam(lam)
+    proper = mean if proper is None else proper
+    method: FedRot | Robust = FedRot(found, align.value, proper)
+    if not mean:
+        method = Robust(rule.value, attackers, 0.0, found, align.value, proper)
     adapters.check_distinct(clients)
     adapters.check_output(output, [*clients, *([reference] if reference else [])], force)
     parsed = adapters.parse_weights(weights, clients)
@@ -81,7 +107,8 @@ def aggregate(
         _report(merged, method, output, reference is None)
 
 
-def _report(merged: Merged, method: FedRot, output: Path, first: bool) -> None:
+def _report(merged: Merged, method: FedRot | Robust, output: Path, first: bool) -> None:
+    from fedrot.methods import Robust
     from fedrot.metrics import total
 
     uploads, measured = merged.uploads, merged.misalignment
@@ -90,7 +117,8 @@ def _report(merged: Merged, method: FedRot, output: Path, first: bool) -> None:
     summary = measured.summary()
     of = " (the first client; choose another with --reference)" if first else ""
     lam = method.lam if isinstance(method.lam, str) else f"{method.lam:g}"
-    how = f"lam {lam}, align {method.align}"
+    rule = f"{method.rule}, " if isinstance(method, Robust) else ""
+    how = f"{rule}lam {lam}, align {method.align}"
     rows = [
         ("clients", str(len(uploads.adapters))),
         ("reference", f"{uploads.target.source}{of}"),
@@ -106,7 +134,7 @@ def _report(merged: Merged, method: FedRot, output: Path, first: bool) -> None:
     for name, value in rows:
         typer.echo(f"{name:<22}{value}")
     norm, plain, aligned = (total(e) for e in (measured.norm, measured.plain, measured.aligned))
-    if aligned > plain + 1e-4 * norm:  # more than rounding
+    if not isinstance(method, Robust) and aligned > plain + 1e-4 * norm:  # more than rounding
         message = "note: aligning increased the error on these adapters; --lam 0 averages plainly"
         typer.echo(message, err=True)
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fedrot.factors import Factors
-from fedrot.methods.base import Method, arguments, average, normalised, wide
+from fedrot.methods.base import Method, arguments, average, wide
 from fedrot_kernels import ALIGN_MODES, rspace
+from fedrot_kernels.ops import check_weight_values, check_weights
 
 RULES = ("median", "trimmed", "krum", "multi-krum", "clip")
 
@@ -49,7 +50,7 @@ class Robust(Method):
     rule: str = "median"
     attackers: int = 1
     bound: float = 0.0
-    lam: float = 1.0
+    lam: float | str = 1.0  # a number
     align: str = "joint"
     proper: bool = False
 
@@ -75,7 +76,11 @@ class Robust(Method):
         round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Factors:
-        w = normalised(weights, len(uploads))
+        lora_A, *_ = arguments(uploads, reference)  # checks the layers
+        device = lora_A[0].device
+        check_weights(weights, len(uploads), device)
+        values = check_weight_values(weights, len(uploads))
+        w = torch.tensor(values, dtype=torch.float64, device=device)
         voters = [i for i, weight in enumerate(w.tolist()) if weight > 0]
         uploads, w = [uploads[i] for i in voters], w[voters]
         f, clients = self.attackers, len(uploads)
