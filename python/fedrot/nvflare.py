@@ -239,7 +239,10 @@ class _Round:
 
 def _layers(sent: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The keys of both factors of every layer of the global model."""
-    layers = factor_keys(sent)
+    try:
+        layers = factor_keys(sent)
+    except ValueError as error:
+        raise type(error)(f"the global model: {error}") from None
     if not layers:
         raise ValueError("the global model has no LoRA factors")
     return layers

@@ -90,11 +90,13 @@ def aggregate(
     from fedrot import adapters
     from fedrot.methods import FedRot, Robust
 
-    mean, found = rule is Rule.mean, read_lam(lam)
+    mean, turn = rule is Rule.mean, read_lam(lam)
     proper = mean if proper is None else proper
-    method: FedRot | Robust = FedRot(found, align.value, proper)
-    if not mean:
-        method = Robust(rule.value, attackers, 0.0, found, align.value, proper)
+    method = (
+        FedRot(turn, align.value, proper)
+        if mean
+        else Robust(rule.value, attackers, lam=turn, align=align.value, proper=proper)
+    )
     adapters.check_distinct(clients)
     adapters.check_output(output, [*clients, *([reference] if reference else [])], force)
     parsed = adapters.parse_weights(weights, clients)

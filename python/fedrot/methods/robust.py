@@ -96,7 +96,8 @@ class Robust(Method):
             raise ValueError(
                 f"attackers must be below half of the {clients} clients for rule=trimmed, got {f}"
             )
-        return self._each(uploads, reference, lambda t, like: trimmed_mean(t, cut))
+        rotations = self._rotations(uploads, reference)
+        return self._each(uploads, reference, rotations, lambda t, like: trimmed_mean(t, cut))
 
     def _mean(
         self, uploads: Sequence[Factors], reference: Factors, weights: Tensor | None = None
@@ -106,13 +107,14 @@ class Robust(Method):
         )
 
     def _clipped(self, uploads: Sequence[Factors], reference: Factors, w: Tensor) -> Factors:
+        rotations = self._rotations(uploads, reference)
         squares: list[Tensor] = []
 
         def measure(t: Tensor, like: Tensor) -> Tensor:
             squares.append((t - wide(like)).flatten(1).double().square().sum(1))
             return like
 
-        self._each(uploads, reference, measure)
+        self._each(uploads, reference, rotations, measure)
         lengths = torch.stack(squares).sum(0).sqrt()
         bound = self.bound or trimmed_mean(lengths, (len(uploads) - 1) // 2)
         share = w.to(lengths) * (bound / lengths).clamp(max=1).nan_to_num(1)  # a length may be 0
@@ -121,20 +123,21 @@ class Robust(Method):
             change = (share.to(t)[:, None, None] * (t - wide(like))).sum(0)
             return wide(like) + change
 
-        return self._each(uploads, reference, clip)
+        return self._each(uploads, reference, rotations, clip)
+
+    def _rotations(self, uploads: Sequence[Factors], reference: Factors) -> list[Tensor]:
+        given = arguments(uploads, reference)
+        return torch.ops.fedrot.align(*given, lam=self.lam, align=self.align, proper=self.proper)
 
     def _each(
         self,
         uploads: Sequence[Factors],
         reference: Factors,
+        rotations: list[Tensor],
         rule: Callable[[Tensor, Tensor], Tensor],
     ) -> Factors:
         """``rule`` on the aligned clients ``(N, r, k)`` and the reference ``(r, k)`` of every
         ``A``, and so for ``B``; one layer in memory at a time."""
-        given = arguments(uploads, reference)
-        rotations = torch.ops.fedrot.align(
-            *given, lam=self.lam, align=self.align, proper=self.proper
-        )
         A, B = {}, {}
         for i, module in enumerate(reference.A):
             R = rotations[i :: len(reference.A)]
