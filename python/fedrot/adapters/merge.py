@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fedrot import __version__
+from fedrot.adapters import kinds
 from fedrot.adapters.adapter import Adapter
 from fedrot.adapters.config import Config, base_change
 from fedrot.adapters.folder import check_output, digests, write_adapter
+from fedrot.adapters.kinds.prompts import KEY as PROMPT
 from fedrot.adapters.measure import Misalignment, measure
 from fedrot.adapters.sources import check_distinct, read
 from fedrot.adapters.uploads import Uploads, gather, result
@@ -25,7 +27,7 @@ from fedrot.methods import FedRot, Method
 from fedrot.options import to_tree
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftConfig, PeftModel
 
     from fedrot.adapters.sources import Source
 
@@ -36,7 +38,8 @@ class Merged:
 
     `tensors` is what `peft.set_peft_model_state_dict` takes, on the CPU, in the reference's dtypes.
     `config` is the content of `adapter_config.json`: the reference's, with its rank padded if that
-    was asked for. `(tensors, config)` can be given to `aggregate` again.
+    was asked for. `(tensors, config)` can be given to `aggregate` again. Of another kind than LoRA,
+    `factors` has no layers, and `distances` says how far apart the adapters were.
     """
 
     config: Config
@@ -44,13 +47,15 @@ class Merged:
     factors: Factors
     uploads: Uploads
     method: Method
+    distances: dict[str, float] | None = None  # None for LoRA; see `kinds.align`
 
     @property
-    def lora_config(self) -> LoraConfig:
-        """`config` as PEFT's class."""
-        from peft import LoraConfig
+    def lora_config(self) -> PeftConfig:
+        """`config` as PEFT's class: a `LoraConfig` for LoRA."""
+        from peft import PeftConfig
 
-        return LoraConfig.from_peft_type(**deepcopy(self.config))
+        self._check_is_adapter()
+        return PeftConfig.from_peft_type(**deepcopy(self.config))
 
     @property
     def notes(self) -> list[str]:
@@ -59,7 +64,9 @@ class Merged:
 
     @cached_property
     def misalignment(self) -> Misalignment:
-        """Rotations and aggregation errors, measured when first asked for."""
+        """Rotations and aggregation errors of LoRA, measured when first asked for."""
+        if kind := self.uploads.target.kind:
+            raise FedrotError(f"{kind.title} has no products B A to measure; see distances")
         return measure(self.uploads, self.method, self.factors)
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
@@ -69,6 +76,7 @@ class Merged:
             FedrotError: the folder exists (`force` replaces one that holds an adapter), or holds
                 one of the adapters that were merged.
         """
+        self._check_is_adapter()
         folder = Path(folder)
         adapters = [*self.uploads.adapters, self.uploads.target]
         check_output(folder, [a.path for a in adapters if a.path], force)
@@ -83,6 +91,7 @@ class Merged:
         """
         from peft import set_peft_model_state_dict
 
+        self._check_is_adapter()
         if name in model.peft_config:
             raise FedrotError(f"name: the model already has an adapter {name!r}")
         if init := base_change(self.config):
@@ -95,12 +104,27 @@ class Merged:
         model.add_adapter(name, config)
         try:
             loaded: Any = set_peft_model_state_dict(model, self.tensors, adapter_name=name)
-            missing = [key for key in loaded.missing_keys if f".{name}" in key and "lora_" in key]
-            if wrong := [*loaded.unexpected_keys, *missing]:
+            missing = [key for key in loaded.missing_keys if self._is_own(key, name)]
+            # Of virtual tokens PEFT says that it does not know them, and loads them.
+            unexpected = [key for key in loaded.unexpected_keys if key != PROMPT]
+            if wrong := [*unexpected, *missing]:
                 raise FedrotError(f"model: it has not the layers of the adapter: {wrong[0]!r}")
         except Exception:
             model.delete_adapter(name)
             raise
+
+    def _is_own(self, key: str, name: str) -> bool:
+        """Whether a model's key is of the adapter `name`, and not of what it wraps."""
+        kind = self.uploads.target.kind
+        if kind is None:
+            return f".{name}" in key and "lora_" in key
+        return key.endswith(f".{name}") and bool(kind.keys.fullmatch(key.removesuffix(f".{name}")))
+
+    def _check_is_adapter(self) -> None:
+        if self.uploads.target.kind is kinds.FULL:
+            raise FedrotError(
+                "whole parameters are no adapter: load_state_dict(merged.tensors) takes them"
+            )
 
     def _provenance(self) -> dict[str, Any]:
         uploads = self.uploads
@@ -115,7 +139,7 @@ class Merged:
                 for adapter, weight in zip(uploads.adapters, weights, strict=True)
             ],
             "ranks": sorted({layer.rank for layer in uploads.target.keys.layers.values()}),
-            "measured": self.misalignment.summary(),
+            "measured": self.distances or self.misalignment.summary(),
             "notes": uploads.notes,
         }
 
@@ -128,13 +152,16 @@ def aggregate(
     method: Method | None = None,
     rank: int | None = None,
 ) -> Merged:
-    """Align LoRA adapters to a reference and average them (FedRot-LoRA, arXiv 2602.23638).
+    """Align adapters to a reference and average them (FedRot-LoRA, arXiv 2602.23638).
+
+    LoRA and DoRA, and beside them LoHa, VeRA, (IA)3, prompt and prefix tuning.
 
     Each adapter, and the reference, is one of
 
     - a PEFT folder;
     - a `PeftModel`, for its active adapter, or `(model, "name")` for any;
-    - `(state_dict, LoraConfig)`, the first as from `peft.get_peft_model_state_dict`.
+    - `(state_dict, PeftConfig)`, the first as from `peft.get_peft_model_state_dict`;
+    - `(state_dict, None)`: whole parameters of a model, which are averaged plainly.
 
     Everything runs on the CPU, in float32 (float64 where an input is); inputs are not changed, and
     the result shares no memory with them.
@@ -145,7 +172,8 @@ def aggregate(
             federation the global adapter from which the clients started. None: the first adapter.
         weights: one for each adapter, not negative; normalised to sum 1. None: all equal.
         method: `FedRot(lam=1.0)` if None: the whole rotation, on both factors. Any method whose
-            result is an adapter alone will do, as `FlexLoRA()`.
+            result is an adapter alone will do, as `FlexLoRA()`; other kinds than LoRA take
+            `FedRot` and `FedIT`.
         rank: pad the reference with zeros to this rank first, so that larger adapters fit.
 
     Raises:
@@ -172,9 +200,15 @@ def aggregate(
 def merge(uploads: Uploads, method: Method) -> Merged:
     """Aggregate the factors with `method`, and everything else by its weighted mean.
 
+    Adapters of another kind than LoRA are aligned as their kind says, then averaged.
+
     Raises:
         FedrotError: a merged value does not fit into the dtype of the reference's tensor.
     """
+    if uploads.target.kind is not None:
+        uploads, distances = kinds.align(uploads, method)
+        tensors = result(uploads, uploads.reference)
+        return Merged(uploads.target.config, tensors, uploads.reference, uploads, method, distances)
     factors = method.aggregate(uploads.clients, uploads.reference, uploads.weights)
     tensors = result(uploads, factors)
     return Merged(uploads.target.config, tensors, factors, uploads, method)

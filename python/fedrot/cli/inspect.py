@@ -10,6 +10,7 @@ import typer
 
 from fedrot.cli._run import user_errors
 from fedrot.cli.aggregate import Align, error_text, read_lam
+from fedrot.errors import FedrotError
 
 if TYPE_CHECKING:
     from fedrot.adapters import Adapter, Misalignment, Uploads
@@ -47,6 +48,11 @@ def inspect(
     parsed = adapters.parse_weights(weights, folders)
     read = [adapters.read_adapter(path) for path in folders]
     ref = adapters.read_adapter(reference) if reference else read[0]
+    for adapter in (*read, ref):
+        if adapter.kind is not None:
+            raise FedrotError(
+                f"{adapter.source}: {adapter.kind.title} has no LoRA factors to inspect"
+            )
     uploads = measured = None
     if reference is not None or len(read) > 1:
         uploads = adapters.gather(read, ref, parsed, rank)
