@@ -18,9 +18,10 @@ class LoHa(Kind):
     """LoHa (FedPara, arXiv 2108.06098): ``dW = s (w1_a w1_b) * (w2_a w2_b)``, elementwise.
 
     ``w_a`` is ``(d, r)``, ``w_b`` ``(r, k)``. Each of the two products has a basis of its own, as
-    ``B A`` of LoRA; they may change places, and both their signs. All of that is aligned. Rows
-    (columns) of one product may also be scaled against those of the other: like LoRA's scalings,
-    this is left as it is.
+    ``B A`` of LoRA; they may change places, and both their signs. All of that is aligned, places
+    and signs only by the whole rotation, since there is no part of them to take. Rows (columns) of
+    one product may also be scaled against those of the other: like LoRA's scalings, this is left
+    as it is.
     """
 
     peft_type = "LOHA"
@@ -70,7 +71,7 @@ class LoHa(Kind):
         for layer in layers(tensors):
             pairs, theirs = (_pairs(t, layer) for t in (tensors, reference))
             names += [f"{layer}.hada_w{number}" for number in "12"]
-            for w_a, w_b in _in_place(pairs, theirs):
+            for w_a, w_b in _in_place(pairs, theirs) if method.lam == 1 else pairs:
                 A.append(w_b)
                 B.append(w_a)
         ref_A, ref_B = ([reference[f"{name}_{side}"] for name in names] for side in "ba")
