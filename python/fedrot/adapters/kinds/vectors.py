@@ -29,8 +29,9 @@ class Vera(Kind):
     """VeRA (arXiv 2310.11454): ``dW = diag(b) B diag(d) A``, with ``A``, ``B`` frozen and shared.
 
     ``(c b, d / c)`` is the same update for any ``c != 0``. As of LoRA's invertible matrices only
-    the orthogonal ones are used, so here only ``c = -1``: the scale is kept by gradient descent
-    (``|b|² - |d|²`` stays), and fitting it would hold ``b``, which starts at zero, back.
+    the orthogonal ones are used, so here only ``c = -1``: small steps of gradient descent
+    keep the scale (``|b|² - |d|²`` stays), and fitting it would hold ``b`` back, which starts at
+    zero.
     """
 
     peft_type = "VERA"
