@@ -1,121 +1,65 @@
 #include "threads.h"
 
+#include <dlfcn.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
-#include <condition_variable>
 #include <exception>
-#include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace fedrot::cpu {
 namespace {
 
-// How long a thread looks before it sleeps: about what a wake-up costs, and longer than the gap
-// between two passes of a call.
-constexpr std::chrono::microseconds patience{50};
+// One call of parallel_for, shared by the threads that have joined it.
+struct Call {
+  const int units;
+  const std::function<void(int, int)>& work;
+  std::atomic<int> joined{0}, next{0};
+  std::mutex mutex{};
+  std::exception_ptr failure{};
 
-// Yields at every look: with more threads than processors, those with work go first.
-template <class Condition>
-void look_for(const Condition& condition) {
-  const auto deadline = std::chrono::steady_clock::now() + patience;
-  while (!condition() && std::chrono::steady_clock::now() < deadline) std::this_thread::yield();
-}
-
-class Pool {
- public:
-  // A worker that wakes up late, or never gets a processor, is not waited for: the call is over
-  // when nobody is at work on it.
-  void run(int units, int threads, const std::function<void(int, int)>& work) {
-    std::lock_guard<std::mutex> one_call_at_a_time(calls_);
-    while (int(workers_.size()) < threads - 1) workers_.emplace_back([this] { serve(); });
-    bool enough_awake;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      open_ = true;
-      work_ = &work;
-      units_ = units;
-      threads_ = threads;
-      joined_ = 1;
-      next_ = 0;
-      failure_ = nullptr;
-      ++call_;
-      enough_awake = int(workers_.size()) - sleeping_ >= threads - 1;
-    }
-    if (!enough_awake) wake_.notify_all();
-    take(0);
-    look_for([this] { return working_ == 0; });
-    std::unique_lock<std::mutex> lock(mutex_);
-    open_ = false;  // nobody joins from here on
-    done_.wait(lock, [this] { return working_ == 0; });
-    if (failure_) std::rethrow_exception(failure_);
-  }
-
- private:
-  void take(int thread) {
+  static void join(void* data) {
+    Call& call = *static_cast<Call*>(data);
+    const int thread = call.joined++;
     try {
-      for (int unit; (unit = next_.fetch_add(1)) < units_;) (*work_)(unit, thread);
+      for (int unit; (unit = call.next++) < call.units;) call.work(unit, thread);
     } catch (...) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      failure_ = std::current_exception();
-      next_ = units_;
+      std::lock_guard<std::mutex> lock(call.mutex);
+      call.failure = std::current_exception();
+      call.next = call.units;
     }
   }
-
-  void serve() {
-    long seen = 0;
-    std::unique_lock<std::mutex> lock(mutex_);
-    while (true) {
-      ++sleeping_;
-      wake_.wait(lock, [&] { return call_ != seen; });
-      --sleeping_;
-      while (call_ != seen) {
-        seen = call_;
-        if (!open_ || joined_ == threads_) break;
-        const int thread = joined_++;
-        ++working_;
-        lock.unlock();
-        take(thread);
-        lock.lock();
-        if (--working_ == 0) done_.notify_one();
-        lock.unlock();
-        look_for([&] { return call_ != seen; });
-        lock.lock();
-      }
-    }
-  }
-
-  std::mutex calls_, mutex_;
-  std::condition_variable wake_, done_;
-  std::vector<std::thread> workers_;
-  // Of the present call; written under mutex_, read by those who have joined it.
-  bool open_ = false;
-  const std::function<void(int, int)>* work_ = nullptr;
-  int units_ = 0, threads_ = 0, joined_ = 0;
-  std::atomic<int> next_{0};
-  std::exception_ptr failure_;
-  // Changed under mutex_, looked at without.
-  std::atomic<long> call_{0};
-  std::atomic<int> working_{0};
-  int sleeping_ = 0;
 };
 
-// Never destroyed: its threads wait until the process ends. A forked child has no threads, so it
-// gets a pool of its own.
-Pool& pool() {
-  static std::mutex guard;
-  static Pool* current = nullptr;
-  static pid_t owner = 0;
-  std::lock_guard<std::mutex> lock(guard);
-  if (owner != getpid()) {
-    current = new Pool;
-    owner = getpid();
+// body(data) on up to `threads` threads at once.
+using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+void own_threads(void (*body)(void*), void* data, unsigned threads, unsigned) {
+  std::vector<std::thread> others;
+  try {
+    for (unsigned i = 1; i < threads; ++i) others.emplace_back(body, data);
+  } catch (const std::system_error&) {  // no more threads to be had: those there do the work
   }
-  return *current;
+  body(data);
+  for (std::thread& other : others) other.join();
+}
+
+// PyTorch's own threads, by the entry that the OpenMP runtimes of GNU, LLVM and Intel share. After an
+// operator they go on looking for work, for milliseconds, on the processors that threads of our own
+// would need. Those of our own are used where PyTorch has no OpenMP, and in a forked child, which has lost the
+// threads that OpenMP still counts on.
+const pid_t loaded_in = getpid();
+
+Parallel parallel() {
+  static const auto openmp = [] {
+    void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Parallel>(dlsym(torch ? torch : RTLD_DEFAULT, "GOMP_parallel"));
+  }();
+  return openmp && loaded_in == getpid() ? openmp : own_threads;
 }
 
 }  // namespace
@@ -139,7 +83,9 @@ void parallel_for(int units, int threads, const std::function<void(int, int)>& w
     for (int unit = 0; unit < units; ++unit) work(unit, 0);
     return;
   }
-  pool().run(units, threads, work);
+  Call call{units, work};
+  parallel()(&Call::join, &call, unsigned(threads), 0);
+  if (call.failure) std::rethrow_exception(call.failure);
 }
 
 }  // namespace fedrot::cpu

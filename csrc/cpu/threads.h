@@ -1,4 +1,4 @@
-// One pool of worker threads for the whole process.
+// Work spread over PyTorch's own threads.
 #pragma once
 
 #include <functional>
@@ -11,8 +11,7 @@ namespace fedrot::cpu {
 int worthwhile_threads(const Problem&, int threads);
 
 // work(unit, thread) for 0 <= unit < units on up to `threads` threads, 0 <= thread < threads;
-// returns when all are done. The calling thread takes part. Calls from several threads at once
-// are served one after the other.
+// returns when all are done. The calling thread takes part.
 void parallel_for(int units, int threads, const std::function<void(int unit, int thread)>& work);
 
 }  // namespace fedrot::cpu

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from problems import assert_close, planted
@@ -139,21 +136,6 @@ def test_calls_from_several_threads():
         actual = list(pool.map(lambda p: op.align_aggregate(*p), problems * 3))
     for a, e in zip(actual, expected * 3, strict=True):
         assert torch.equal(a[0][0], e[0][0]) and torch.equal(a[1][0], e[1][0])
-
-
-def test_after_fork():
-    """A forked child has none of the parent's threads and must not wait for them."""
-    script = (
-        "import os, sys, torch, fedrot_kernels\n"
-        "torch.set_num_threads(2)\n"
-        "x = torch.randn(64, 16, 16)\n"
-        "a = torch.ops.fedrot.polar(x)\n"
-        "if (child := os.fork()) == 0:\n"
-        "    os._exit(0 if torch.equal(torch.ops.fedrot.polar(x), a) else 3)\n"
-        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
-    )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], timeout=120)
-    assert done.returncode == 0
 
 
 def test_empty_batch():
