@@ -48,10 +48,10 @@ void own_threads(void (*body)(void*), void* data, unsigned threads, unsigned) {
   for (std::thread& other : others) other.join();
 }
 
-// PyTorch's own threads, by the entry that the OpenMP runtimes of GNU, LLVM and Intel share. After an
-// operator they go on looking for work, for milliseconds, on the processors that threads of our own
-// would need. Those of our own are used where PyTorch has no OpenMP, and in a forked child, which has lost the
-// threads that OpenMP still counts on.
+// PyTorch's own threads, by the entry that the OpenMP runtimes of GNU, LLVM and Intel share. After
+// an operator they go on looking for work, for milliseconds, on the processors that threads of our
+// own would need. Those of our own are used where PyTorch has no OpenMP, and in a forked child,
+// which has lost the threads that OpenMP still counts on.
 const pid_t loaded_in = getpid();
 
 Parallel parallel() {

@@ -1,4 +1,5 @@
-// What the operators cannot show of the threads: run by test_threads.py, exits 0 or says what failed.
+// What the operators cannot show of the threads: run by test_threads.py, exits 0 or says what
+// failed.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
