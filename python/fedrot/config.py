@@ -185,7 +185,7 @@ class Setting:
 SETTINGS = {
     "rounds": Setting(
         "Clients start every round from the shared global factors.",
-        {"method": {"lam": 0.4}},
+        {},
     ),
     "regauge": Setting(
         "Synthetic: every client hands in its factors in a random orthogonal basis of its own "
@@ -216,7 +216,7 @@ def load(*sources: Tree) -> Config:
     name = given.get("setting", "rounds")
     preset = pick(SETTINGS, name, "setting").options
     task = _task_preset(given.get("task"))
-    preset = {**preset, "method": _fitting(preset["method"], given.get("method"))}
+    preset = {**preset, "method": _fitting(preset.get("method", {}), given.get("method"))}
     return build(Config, merge({"setting": name}, task, preset, given))
 
 

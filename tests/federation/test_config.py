@@ -7,7 +7,7 @@ import yaml
 
 from fedrot.config import load
 from fedrot.errors import FedrotError
-from fedrot.methods import FedIT, FedRot
+from fedrot.methods import FedIT, FedRot, Robust
 from fedrot.options import build, first_difference, flatten, merge, parse_overrides, read_yaml
 
 
@@ -33,6 +33,11 @@ def test_settings(setting, lam, rounds, optimizer):
     assert (config.rounds, config.local.optimizer) == (rounds, optimizer)
     assert config.regauge == (setting == "regauge")
     assert config.start == ("own" if setting == "one-shot" else "shared")
+
+
+def test_a_setting_leaves_methods_their_own_defaults():
+    assert load({"method": {"name": "robust"}}).method == Robust()
+    assert load({"setting": "regauge", "method": {"name": "fedit"}}).method == FedIT()
 
 
 def test_preset_leaves_out_what_the_method_does_not_have():
