@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +29,15 @@ class Spectrum:
     ranks: dict[str, int]  # the smallest that hold `energy`; 1 for an update of zero
     energy: float
 
-    def kept(self, layer: str, rank: int) -> float:
-        """Share of the layer's squared singular values in its first `rank`; 1 of nothing."""
-        squares = self.values[layer].square()
-        return float(squares[:rank].sum() / squares.sum()) if len(squares) else 1.0
+    def kept(self, ranks: Mapping[str, int]) -> float:
+        """Share of the squared singular values of these layers, all together, that ranks keep."""
+        lost = total({name: float(self.values[name][rank:].norm()) for name, rank in ranks.items()})
+        norm = total({name: float(self.values[name].norm()) for name in ranks})
+        return 1 - (lost / norm) ** 2 if norm else 1.0
 
     def summary(self) -> dict[str, Any]:
         """The share asked for, the share kept over all layers together, and the ranks."""
-        all_of = {name: float(v.norm()) for name, v in self.values.items()}
-        lost = {name: float(v[self.ranks[name] :].norm()) for name, v in self.values.items()}
-        norm = total(all_of)
-        kept = 1 - (total(lost) / norm) ** 2 if norm else 1.0
-        return {"energy": self.energy, "kept": kept, "ranks": self.ranks}
+        return {"energy": self.energy, "kept": self.kept(self.ranks), "ranks": self.ranks}
 
 
 def measure_spectrum(uploads: Uploads, energy: float | None = None) -> Spectrum:

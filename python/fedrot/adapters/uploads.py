@@ -122,10 +122,11 @@ def delta(factors: Factors, scalings: Mapping[str, float]) -> Factors:
 
 def _ranks(reference: Adapter, rank: int | Mapping[str, int] | None) -> dict[str, int]:
     ranks = {name: layer.rank for name, layer in reference.keys.layers.items()}
+    given = list(rank.values()) if isinstance(rank, Mapping) else [] if rank is None else [rank]
+    if given and min(given) < 1:
+        raise FedrotError(f"--rank must be at least 1, got {min(given)}")
     if isinstance(rank, Mapping):
         return {**ranks, **rank}
-    if rank is not None and rank < 1:
-        raise FedrotError(f"--rank must be at least 1, got {rank}")
     return {name: max(own, rank or 0) for name, own in ranks.items()}
 
 

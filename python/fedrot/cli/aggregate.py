@@ -126,17 +126,16 @@ def aggregate(
 
     wanted = read_rank(rank)
     rule = rule or (Rule.exact if wanted == "auto" else Rule.mean)
-    turn, mean = read_lam(lam), rule is Rule.mean
+    turn = read_lam(lam)
     method: FedRot | FlexLoRA | Robust
     if rule is Rule.exact:
         if turn != 1.0 or align is not Align.joint or proper is not None:
             raise FedrotError("--lam, --align and --proper are of rotations; --rule exact has none")
         method = FlexLoRA("reference")
-    elif mean:
+    elif rule is Rule.mean:
         method = FedRot(turn, align.value, True if proper is None else proper)
     else:
-        reflections = {"proper": bool(proper)}
-        method = Robust(rule.value, attackers, lam=turn, align=align.value, **reflections)
+        method = Robust(rule.value, attackers, lam=turn, align=align.value, proper=bool(proper))
     adapters.check_distinct(clients)
     adapters.check_output(output, [*clients, *([reference] if reference else [])], force)
     parsed = adapters.parse_weights(weights, clients)
