@@ -154,6 +154,18 @@ def test_mixed_ranks_against_the_dense_svd(tools, tmp_path, energy, reference):
     assert provenance["spectrum"] == json.loads(json.dumps(merged.spectrum.summary()))
 
 
+def test_angles_and_the_plain_error_are_of_the_whole_adapters(tools):
+    """They do not depend on the ranks of the result, smaller or larger than the reference's."""
+    models = [tools.adapted(i, r=r) for i, r in enumerate((3, 5, 2))]
+    few, many = (fedrot.aggregate(models, rank="auto", energy=e).misalignment for e in (0.5, 1.0))
+    rotated = fedrot.aggregate(models, rank=5).misalignment
+    assert float(few.angles[0].max()) < 1e-3 < float(few.angles[1:].min())
+    for merge in (many, rotated):
+        torch.testing.assert_close(few.angles, merge.angles, rtol=0, atol=1e-4)
+        assert few.plain == pytest.approx(merge.plain, rel=1e-6)
+    assert few.aligned["lin1"] > 0.1 > 1e-4 > many.aligned["lin1"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_copies_in_other_bases_have_the_rank_of_one(tools, dtype):
     """Rounding of the factors is no energy: with energy 1, six copies of an adapter of rank 4 have

@@ -154,6 +154,20 @@ def test_refused(options, message):
     assert message in str(refused.value)
 
 
+@pytest.mark.parametrize("align", ["joint", "A", "B", "gpa", "optimal"])
+def test_a_rotation_leaves_more_rank_than_the_clients_have_empty(align):
+    """Room for a rotation to act on the rest as a reflection is all that it gives."""
+    uploads, reference, weights = federation()
+    out = FedRot(1.0, align).aggregate(uploads, padded(reference, 7), weights)
+    expected = FedRot(1.0, align, proper=False).aggregate(uploads, reference, weights)
+    for m in SHAPES:
+        assert float(out.A[m][R:].abs().max()) < 1e-12
+        assert float(out.B[m][:, R:].abs().max()) < 1e-12
+        if align != "optimal":  # the length of its ten steps depends on the rank
+            product = expected.B[m] @ expected.A[m]
+            torch.testing.assert_close(out.B[m] @ out.A[m], product, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rank", [1, 2, 3, 6])
 def test_flexlora_to_a_rank_that_no_client_has(rank, dtype):
