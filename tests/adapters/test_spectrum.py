@@ -165,6 +165,29 @@ def test_angles_and_the_plain_error_are_of_the_whole_adapters(tools):
         assert few.plain == pytest.approx(merge.plain, rel=1e-6)
     assert few.aligned["lin1"] > 0.1 > 1e-4 > many.aligned["lin1"]
 
+    large = tools.adapted(3, r=6)
+    cut = fedrot.aggregate(models, large, rank="auto", energy=0.5)
+    whole = fedrot.aggregate(models, large).misalignment
+    assert set(cut.spectrum.ranks.values()) <= {1, 2}
+    torch.testing.assert_close(cut.misalignment.angles, whole.angles, rtol=0, atol=1e-4)
+
+
+def test_small_singular_values_come_out_as_they_are(tools):
+    """Four orders of magnitude in float32, whose Gram matrices hold three and a half."""
+    g = torch.Generator().manual_seed(1)
+    U, V, turn = (tools.rotation(n, g) for n in (6, 6, 3))
+    A, B = (t.double() for t in diagonal(1.0, 1e-2, 1e-4))
+    factors = (turn.T @ A @ V.T, U @ B @ turn), (V.T[:1], U[:, :1])
+    clients = [
+        adapter({"q": tuple(t.float().contiguous() for t in f)}, r=r, lora_alpha=r)
+        for f, r in zip(factors, (3, 1), strict=True)
+    ]
+    merged = fedrot.aggregate(clients, clients[1], rank="auto", energy=1.0)
+    assert merged.spectrum.ranks == {"q": 3}
+    expected = U @ torch.diag(torch.tensor([1.0, 0.005, 0.00005, 0, 0, 0]).double()) @ V.T
+    got = updates((merged.tensors, merged.config))["q"]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_copies_in_other_bases_have_the_rank_of_one(tools, dtype):
@@ -217,7 +240,7 @@ def test_experts_of_a_layer_have_one_rank_for_all_their_energy():
 def test_two_parameters_that_the_configuration_cannot_tell_apart_share_a_rank():
     """`experts` and `experts.base_layer` are one entry of the rank pattern each would need."""
     state = {}
-    for name, values in (("experts", (5.0, 0.1)), ("experts.base_layer", (2.0, 2.0))):
+    for name, values in (("experts", (2.0, 2.0)), ("experts.base_layer", (5.0, 0.1))):
         A, B = diagonal(*values, size=3)
         state |= {KEY.format(name, "A"): A, KEY.format(name, "B"): B}
     config = LoraConfig(target_parameters=["experts.up", "experts.down"], r=2, lora_alpha=2)

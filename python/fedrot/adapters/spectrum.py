@@ -60,7 +60,7 @@ def measure_spectrum(uploads: Uploads, energy: float | None = None) -> Spectrum:
     # Pairs of keys of which the configuration cannot say which parameter they adapt share one rank.
     shared: dict[tuple[str, ...], int] = {}
     for name, layer in layers.items():
-        shared[layer.targets] = max(ranks[name], shared.get(layer.targets, 1))
+        shared[layer.targets] = max(ranks[name], shared.get(layer.targets, 0))
     return Spectrum(values, {n: shared[layer.targets] for n, layer in layers.items()}, energy)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fedrot.factors import Factors
-from fedrot.methods.base import Method, arguments, average, drawing, in_rspace, stacked
+from fedrot.methods.base import Method, arguments, average, drawing, in_rspace, stacked, wide
 from fedrot_kernels import rspace
 from fedrot_kernels.ops import check_weight_values, check_weights
 
@@ -61,8 +61,8 @@ class FlexLoRA(Method):
             return in_rspace(uploads, reference, weights, rspace.truncation)
         # Gram blocks have the rank of the reference. A larger client does not fit in, and many
         # smaller ones fill them with zeros: let the truncation stand for all clients as one.
-        wide = Factors(*({m: t.double() for m, t in f.items()} for f in (reference.A, reference.B)))
-        one = in_rspace([_singular(uploads, wide, weights)], wide, None, rspace.truncation)
+        like = Factors(*({m: wide(t) for m, t in f.items()} for f in (reference.A, reference.B)))
+        one = in_rspace([_singular(uploads, like, weights)], like, None, rspace.truncation)
         return Factors(
             {m: one.A[m].to(A.dtype) for m, A in reference.A.items()},
             {m: one.B[m].to(B.dtype) for m, B in reference.B.items()},
@@ -119,9 +119,7 @@ def _singular(uploads: Sequence[Factors], like: Factors, weights: Tensor | None)
     """The truncation of every layer, of the rank and in the dtype of ``like``."""
     A, B = {}, {}
     for module, A_like in like.A.items():
-        left, right = stacked(uploads, module, weights)
-        dtype = torch.promote_types(left.dtype, A_like.dtype)
-        A_r, B_r = truncation(left.to(dtype), right.to(dtype), rank=A_like.shape[0])
+        A_r, B_r = truncation(*stacked(uploads, module, weights), rank=A_like.shape[0])
         A[module], B[module] = A_r.to(A_like.dtype), B_r.to(A_like.dtype)
     return Factors(A, B)
 
