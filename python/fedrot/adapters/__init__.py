@@ -1,8 +1,9 @@
-"""LoRA adapters: read PEFT folders and models, merge them, write one. No base model is loaded.
+"""Adapters: read PEFT folders and models, merge them, write one. No base model is loaded.
 
 `aggregate` is all of it. Its steps: `read_adapter` or `read` -> `gather` (checks, common scale) ->
 `merge` -> `Merged`, which can be saved or added to a model; `measure` says how far apart the
-adapters are, `measure_spectrum` of what rank their average is.
+adapters are, `measure_spectrum` of what rank their average is. `kinds` has the adapters other than
+LoRA.
 """
 
 from fedrot.adapters.adapter import Adapter

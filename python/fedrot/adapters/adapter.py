@@ -1,4 +1,4 @@
-"""A LoRA adapter, checked, wherever it comes from: a folder, a model, a state dict."""
+"""An adapter, checked, wherever it comes from: a folder, a model, a state dict."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedrot.adapters.config import Config, check_config
+from fedrot.adapters.config import Config
+from fedrot.adapters.kinds import FULL, Kind, kind_of
 from fedrot.adapters.layers import StateKeys, sort_keys
 from fedrot.errors import FedrotError
 
@@ -16,33 +17,38 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Adapter:
-    """One LoRA adapter: where it comes from, its configuration, its tensors on the CPU."""
+    """One adapter: where it comes from, its configuration, its tensors on the CPU."""
 
     source: str  # how errors call it: its folder, or its place among the arguments
     config: Config
     tensors: dict[str, Tensor]
     keys: StateKeys
     path: Path | None = None  # its folder, if it was read from one
+    kind: Kind | None = None  # None: LoRA
 
 
 def checked(
     source: str,
-    config: Config,
+    config: Config | None,
     tensors: dict[str, Tensor],
     *,
     parameters: Mapping[str, str] | None = None,
     path: Path | None = None,
 ) -> Adapter:
-    """The adapter, if it is a LoRA whose factors may be rotated.
+    """The adapter, if it is of a kind that can be merged. No configuration: whole parameters.
 
     Raises:
         FedrotError: naming the source and what is wrong: the configuration cannot be merged, a key
             is unknown, a factor has another shape than it says, or a value is not finite.
     """
-    check_config(config, source)
-    keys = sort_keys(tensors, config, source, parameters)
+    kind = FULL if config is None else kind_of(config, source)
+    config = config or {}
+    if kind is None:
+        keys = sort_keys(tensors, config, source, parameters)
+    else:
+        keys = kind.sort(tensors, config, source)
     _check_values(tensors, keys, source)
-    return Adapter(source, config, tensors, keys, path)
+    return Adapter(source, config, tensors, keys, path, kind)
 
 
 def _check_values(tensors: Mapping[str, Tensor], keys: StateKeys, source: str) -> None:

@@ -1,4 +1,4 @@
-"""What the configuration of an adapter says: can it be averaged, its ranks and its scalings.
+"""What the configuration of a LoRA adapter says: can it be averaged, its ranks and its scalings.
 
 Only the configuration is read here, never a base model. Every field of PEFT's `LoraConfig` is
 either in `NEUTRAL` (its value does not change how `B A` enters the model), in `MUST_AGREE`
@@ -62,14 +62,14 @@ def check_config(config: Config, source: str) -> None:
     """Raise `FedrotError` unless this is a LoRA adapter whose `(B, A)` may be rotated."""
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
-        raise FedrotError(f"{source}: peft_type is {peft_type!r}; only LORA adapters can be merged")
+        raise FedrotError(f"{source}: peft_type is {peft_type!r}, not 'LORA'")
     for field, reason in REFUSED.items():
         if config.get(field):
             raise FedrotError(f"{source}: {field} is set: {reason}")
     _check_init(config, source)
     known = SCALING | NEUTRAL | MUST_AGREE.keys() | REFUSED.keys()
     for field in sorted(config.keys() - known):
-        if config[field] and config[field] != _peft_default(field):
+        if config[field] and config[field] != peft_default(field):
             raise FedrotError(
                 f"{source}: the configuration sets {field}={config[field]!r}, "
                 "a LoRA option that this version of fedrot does not know"
@@ -90,8 +90,12 @@ def rank_and_scaling(config: Config, target: str) -> tuple[int, float]:
     and `alpha_pattern` are matched by PEFT's own `get_pattern_key`.
     """
     rank = _matched(config.get("rank_pattern"), target, config.get("r", 8))
-    alpha = _matched(config.get("alpha_pattern"), target, config.get("lora_alpha", 8))
-    return rank, alpha / _denominator(config, rank)
+    return rank, alpha_of(config, target) / _denominator(config, rank)
+
+
+def alpha_of(config: Config, target: str, field: str = "lora_alpha") -> float:
+    """The alpha of one target; `field` is what the configuration calls the default."""
+    return _matched(config.get("alpha_pattern"), target, config.get(field, 8))
 
 
 def targeted_parameters(config: Config, module: str) -> tuple[str, ...]:
@@ -153,10 +157,12 @@ def _check_scaling_fields(config: Config, source: str) -> None:
             raise FedrotError(f"{source}: alpha {name!r} must be a positive number, got {value!r}")
 
 
-def _peft_default(field: str) -> Any:
-    from peft import LoraConfig
+def peft_default(field: str, peft_type: str = "LORA") -> Any:
+    """The default that the installed PEFT gives to a field; None where it does not know it."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import PeftType
 
-    for known in dataclasses.fields(LoraConfig):
+    for known in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]):
         if known.name == field and known.default is not dataclasses.MISSING:
             return known.default
     return None

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedrot.adapters.adapter import Adapter, checked
-from fedrot.adapters.config import Config, check_config
+from fedrot.adapters.config import Config
+from fedrot.adapters.kinds import kind_of
 from fedrot.errors import FedrotError
 from fedrot.files import new_folder
 
@@ -25,14 +26,14 @@ PROVENANCE = "fedrot_provenance.json"
 def read_adapter(path: Path) -> Adapter:
     """Read and check a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`).
 
-    Raises `FedrotError` naming the folder where a file is missing or corrupt, the adapter is not
-    a LoRA that may be rotated, a key is unknown, or a tensor holds a non-finite value.
+    Raises `FedrotError` naming the folder where a file is missing or corrupt, the adapter
+    cannot be merged, a key is unknown, or a tensor holds a non-finite value.
     """
     path = Path(path)
     if not path.is_dir():
         raise FedrotError(f"{path}: no such folder")
     config = _read_config(path)
-    check_config(config, str(path))  # before its weights are read
+    kind_of(config, str(path))  # checks it, before its weights are read
     return checked(str(path), config, _read_weights(path), path=path)
 
 

@@ -110,12 +110,12 @@ def sort_keys(
     for key in sorted(tensors):
         if match := _FACTOR.fullmatch(key):
             side = "A" if "_A" in match["factor"] else "B"
-            factors.setdefault(_layer_name(match["name"]), {})[side] = key
+            factors.setdefault(module_of(match["name"]), {})[side] = key
         elif key.endswith(".lora_B.bias"):
-            lora_biases[key] = _layer_name(key.removesuffix(".lora_B.bias"))
+            lora_biases[key] = module_of(key.removesuffix(".lora_B.bias"))
         elif key.endswith(".lora_magnitude_vector"):
             magnitudes.append(key)
-        elif _is_plain(key, tensors, config):
+        elif is_plain(key, tensors, config):
             plain.append(key)
         else:
             hint = "; peft.get_peft_model_state_dict gives the keys without an adapter's name"
@@ -198,11 +198,13 @@ def _checked(layer: Layer, A: Tensor, B: Tensor, source: str) -> Layer:
     return Layer(name, layer.key_A, layer.key_B, rank, layer.scaling, layer.targets, experts)
 
 
-def _layer_name(key_prefix: str) -> str:
+def module_of(key_prefix: str) -> str:
+    """The name of a module inside the base model."""
     return key_prefix.removeprefix(PREFIX)
 
 
-def _is_plain(key: str, tensors: Mapping[str, Tensor], config: Config) -> bool:
+def is_plain(key: str, tensors: Mapping[str, Tensor], config: Config) -> bool:
+    """Whether a tensor is a whole parameter that was trained beside the adapter."""
     if _LORA_PART.search(key):
         return False
     parts = key.split(".")
@@ -257,7 +259,7 @@ def factor_of(key: str) -> tuple[str, str] | None:
         return None
     name, side, adapter = match.groups()
     suffix = f" ({adapter})" if adapter and adapter != "default" else ""
-    return _layer_name(name) + suffix, side
+    return module_of(name) + suffix, side
 
 
 # What may stand beside the factors: `lora_bias`, and the magnitudes of DoRA.

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from fedrot import __version__
+from fedrot.adapters import kinds
 from fedrot.adapters.adapter import Adapter
 from fedrot.adapters.config import Config, base_change
 from fedrot.adapters.folder import check_output, digests, write_adapter
+from fedrot.adapters.kinds.prompts import KEY as PROMPT
 from fedrot.adapters.measure import Misalignment, measure
 from fedrot.adapters.sources import check_distinct, read
 from fedrot.adapters.spectrum import Spectrum, measure_spectrum
@@ -26,7 +28,7 @@ from fedrot.methods import FedRot, FlexLoRA, Method
 from fedrot.options import to_tree
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftConfig, PeftModel
 
     from fedrot.adapters.sources import Source
 
@@ -37,7 +39,8 @@ class Merged:
 
     `tensors` is what `peft.set_peft_model_state_dict` takes, on the CPU, in the reference's dtypes.
     `config` is the content of `adapter_config.json`: the reference's, with another rank if that
-    was asked for. `(tensors, config)` can be given to `aggregate` again.
+    was asked for. `(tensors, config)` can be given to `aggregate` again. Of another kind than LoRA,
+    `factors` has no layers, and `distances` says how far apart the adapters were.
     """
 
     config: Config
@@ -46,13 +49,15 @@ class Merged:
     uploads: Uploads
     method: Method
     spectrum: Spectrum | None = None  # where it decided the ranks
+    distances: dict[str, float] | None = None  # None for LoRA; see `kinds.align`
 
     @property
-    def lora_config(self) -> LoraConfig:
-        """`config` as PEFT's class."""
-        from peft import LoraConfig
+    def lora_config(self) -> PeftConfig:
+        """`config` as PEFT's class: a `LoraConfig` for LoRA."""
+        from peft import PeftConfig
 
-        return LoraConfig.from_peft_type(**deepcopy(self.config))
+        self._check_is_adapter()
+        return PeftConfig.from_peft_type(**deepcopy(self.config))
 
     @property
     def notes(self) -> list[str]:
@@ -61,7 +66,9 @@ class Merged:
 
     @cached_property
     def misalignment(self) -> Misalignment:
-        """Rotations and aggregation errors, measured when first asked for."""
+        """Rotations and aggregation errors of LoRA, measured when first asked for."""
+        if kind := self.uploads.target.kind:
+            raise FedrotError(f"{kind.title} has no products B A to measure; see distances")
         return measure(self.uploads, self.method, self.factors)
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
@@ -71,6 +78,7 @@ class Merged:
             FedrotError: the folder exists (`force` replaces one that holds an adapter), or holds
                 one of the adapters that were merged.
         """
+        self._check_is_adapter()
         folder = Path(folder)
         adapters = [*self.uploads.adapters, self.uploads.target]
         check_output(folder, [a.path for a in adapters if a.path], force)
@@ -85,6 +93,7 @@ class Merged:
         """
         from peft import set_peft_model_state_dict
 
+        self._check_is_adapter()
         if name in model.peft_config:
             raise FedrotError(f"name: the model already has an adapter {name!r}")
         if init := base_change(self.config):
@@ -97,12 +106,27 @@ class Merged:
         model.add_adapter(name, config)
         try:
             loaded: Any = set_peft_model_state_dict(model, self.tensors, adapter_name=name)
-            missing = [key for key in loaded.missing_keys if f".{name}" in key and "lora_" in key]
-            if wrong := [*loaded.unexpected_keys, *missing]:
+            missing = [key for key in loaded.missing_keys if self._is_own(key, name)]
+            # Of virtual tokens PEFT says that it does not know them, and loads them.
+            unexpected = [key for key in loaded.unexpected_keys if key != PROMPT]
+            if wrong := [*unexpected, *missing]:
                 raise FedrotError(f"model: it has not the layers of the adapter: {wrong[0]!r}")
         except Exception:
             model.delete_adapter(name)
             raise
+
+    def _is_own(self, key: str, name: str) -> bool:
+        """Whether a model's key is of the adapter `name`, and not of what it wraps."""
+        kind = self.uploads.target.kind
+        if kind is None:
+            return f".{name}" in key and "lora_" in key
+        return key.endswith(f".{name}") and bool(kind.keys.fullmatch(key.removesuffix(f".{name}")))
+
+    def _check_is_adapter(self) -> None:
+        if self.uploads.target.kind is kinds.FULL:
+            raise FedrotError(
+                "whole parameters are no adapter: load_state_dict(merged.tensors) takes them"
+            )
 
     def _provenance(self) -> dict[str, Any]:
         uploads = self.uploads
@@ -118,7 +142,7 @@ class Merged:
             ],
             "ranks": sorted({layer.rank for layer in uploads.target.keys.layers.values()}),
             **({"spectrum": self.spectrum.summary()} if self.spectrum else {}),
-            "measured": self.misalignment.summary(),
+            "measured": self.distances or self.misalignment.summary(),
             "notes": uploads.notes,
         }
 
@@ -132,13 +156,16 @@ def aggregate(
     rank: int | Literal["auto"] | None = None,
     energy: float | None = None,
 ) -> Merged:
-    """Align LoRA adapters to a reference and average them (FedRot-LoRA, arXiv 2602.23638).
+    """Align adapters to a reference and average them (FedRot-LoRA, arXiv 2602.23638).
+
+    LoRA and DoRA, and beside them LoHa, VeRA, (IA)3, prompt and prefix tuning.
 
     Each adapter, and the reference, is one of
 
     - a PEFT folder;
     - a `PeftModel`, for its active adapter, or `(model, "name")` for any;
-    - `(state_dict, LoraConfig)`, the first as from `peft.get_peft_model_state_dict`.
+    - `(state_dict, PeftConfig)`, the first as from `peft.get_peft_model_state_dict`;
+    - `(state_dict, None)`: whole parameters of a model, which are averaged plainly.
 
     Everything runs on the CPU, in float32 (float64 where an input is); inputs are not changed, and
     the result shares no memory with them.
@@ -149,11 +176,12 @@ def aggregate(
             federation the global adapter from which the clients started. None: the first adapter.
         weights: one for each adapter, not negative; normalised to sum 1. None: all equal.
         method: `FedRot(lam=1.0)` if None: the whole rotation, on both factors. Any method whose
-            result is an adapter alone will do, as `FlexLoRA()`.
+            result is an adapter alone will do, as `FlexLoRA()`; other kinds than LoRA take
+            `FedRot` and `FedIT`.
         rank: a number: pad the reference with zeros to this rank first, so that larger adapters
             fit; with `FlexLoRA`, which can also lower it, the rank of the result. `"auto"`: each
             layer gets the smallest rank that holds the share `energy` of the exact average. The
-            method is then `FlexLoRA("reference")` if None, and must be a FlexLoRA.
+            method is then `FlexLoRA("reference")` if None, and must be a FlexLoRA. LoRA only.
         energy: in (0, 1], for `rank="auto"`: share of the squared singular values; 1 is the rank
             of the exact average. None: `fedrot.adapters.ENERGY`.
 
@@ -170,15 +198,8 @@ def aggregate(
     auto = rank == "auto"
     if isinstance(rank, str) and not auto:
         raise FedrotError(f"rank must be a number or 'auto', got {rank!r}")
-    if energy is not None and not auto:
-        raise FedrotError(f"energy chooses a rank for rank='auto', got energy={energy} and {rank=}")
     if method is None:
         method = FlexLoRA("reference") if auto else FedRot(lam=1.0)
-    if auto and not method.truncates:
-        raise FedrotError(
-            f"method: rank='auto' is a rank of the exact average, which {method.name} does not "
-            "give; FlexLoRA does"
-        )
     if method.folds or method.personal or method.same_A:
         raise FedrotError(f"method: {method.name} needs more than the adapters to merge them")
     check_distinct(adapters)
@@ -186,6 +207,15 @@ def aggregate(
     if not found:
         raise FedrotError("no adapters to merge")
     target = found[0] if reference is None else read(reference, "reference")
+    if target.kind is not None:
+        target.kind.check_rank(rank=rank, energy=energy)
+    if energy is not None and not auto:
+        raise FedrotError(f"energy chooses a rank for rank='auto', got energy={energy} and {rank=}")
+    if auto and not method.truncates:
+        raise FedrotError(
+            f"method: rank='auto' is a rank of the exact average, which {method.name} does not "
+            "give; FlexLoRA does"
+        )
     if isinstance(rank, str):
         spectrum = measure_spectrum(gather(found, target, weights, {}), energy)
         merged = merge(gather(found, target, weights, spectrum.ranks), method)
@@ -199,12 +229,20 @@ def aggregate(
 def merge(uploads: Uploads, method: Method) -> Merged:
     """Aggregate the factors with `method`, and everything else by its weighted mean.
 
+    Adapters of another kind than LoRA are aligned as their kind says, then averaged.
+
     Raises:
         FedrotError: a merged value does not fit into the dtype of the reference's tensor.
     """
+    config = uploads.target.config
+    if uploads.target.kind is not None:
+        uploads, distances = kinds.align(uploads, method)
+        factors = uploads.reference
+        tensors = result(uploads, factors)
+        return Merged(config, tensors, factors, uploads, method, distances=distances)
     factors = method.aggregate(uploads.clients, uploads.like, uploads.weights)
     tensors = result(uploads, factors)
-    return Merged(uploads.target.config, tensors, factors, uploads, method)
+    return Merged(config, tensors, factors, uploads, method)
 
 
 def _origin(adapter: Adapter) -> dict[str, Any]:

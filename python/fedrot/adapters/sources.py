@@ -16,14 +16,14 @@ from fedrot.adapters.layers import EMBEDDING_NAMES, PREFIX
 from fedrot.errors import FedrotError
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftConfig, PeftModel
 
     Source: TypeAlias = (
         str
         | Path
         | PeftModel
         | tuple[PeftModel, str]
-        | tuple[Mapping[str, Tensor], LoraConfig | Mapping[str, Any]]
+        | tuple[Mapping[str, Tensor], PeftConfig | Mapping[str, Any] | None]
     )
 
 
@@ -45,10 +45,11 @@ def read(source: Source, name: str) -> Adapter:
         if isinstance(first, nn.Module) and isinstance(second, str):
             return _from_model(first, second, name)
         if isinstance(first, Mapping):
-            return checked(name, _raw(second, name), _on_cpu(first, name))
+            config = None if second is None else _raw(second, name)
+            return checked(name, config, _on_cpu(first, name))
     raise TypeError(
         f"{name} must be a folder, a PeftModel, (PeftModel, adapter name) or "
-        f"(state dict, LoraConfig), got {_kind(source)}"
+        f"(state dict, PeftConfig), got {_kind(source)}"
     )
 
 

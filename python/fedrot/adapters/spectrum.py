@@ -47,9 +47,11 @@ def measure_spectrum(uploads: Uploads, energy: float | None = None) -> Spectrum:
         energy: in (0, 1]; 1 is the numerical rank. None: `ENERGY`.
 
     Raises:
-        FedrotError: `energy` is out of its range.
+        FedrotError: `energy` is out of its range, or the adapters are not LoRA.
     """
     energy = ENERGY if energy is None else energy
+    if uploads.target.kind is not None:
+        uploads.target.kind.check_rank(energy=energy)
     if not 0 < energy <= 1:
         raise FedrotError(f"energy must be above 0 and at most 1, got {energy}")
     scaled = [delta(client, uploads.scalings) for client in uploads.clients]

@@ -71,6 +71,8 @@ def gather(
     """
     if not adapters:
         raise FedrotError("no adapters to merge")
+    if reference.kind is not None:
+        reference.kind.check_rank(rank=rank)
     for adapter in adapters:
         _check_same_meaning(adapter, reference)
         _check_same_keys(adapter, reference)
@@ -80,6 +82,8 @@ def gather(
     for adapter in adapters:
         _check_shapes(adapter, padded)
         _check_base_change(adapter, target)
+        if reference.kind is not None:
+            reference.kind.check_fit(adapter, reference)
     _check_base_change(reference, target)
     dtype = _working_dtype([*adapters, reference])
     return Uploads(
@@ -154,7 +158,13 @@ def _resized(reference: Adapter, ranks: Mapping[str, int]) -> Adapter:
 
 
 def _check_same_meaning(adapter: Adapter, reference: Adapter) -> None:
-    for field, default in MUST_AGREE.items():
+    if adapter.kind is not reference.kind:
+        ours, theirs = (a.kind.title if a.kind else "LoRA" for a in (adapter, reference))
+        raise FedrotError(
+            f"{adapter.source}: is {ours}, the reference {reference.source} is {theirs}"
+        )
+    fields = MUST_AGREE if reference.kind is None else reference.kind.must_agree
+    for field, default in fields.items():
         ours, theirs = (_setting(a.config, field, default) for a in (adapter, reference))
         if ours != theirs:
             raise FedrotError(
@@ -165,8 +175,9 @@ def _check_same_meaning(adapter: Adapter, reference: Adapter) -> None:
 
 def _setting(config: Config, field: str, default: Any) -> Any:
     value = config.get(field, default) or default
-    # PEFT sorts them itself.
-    return sorted(value) if field == "target_parameters" and value else value
+    # PEFT sorts the first itself; the other is a set.
+    named = field in ("target_parameters", "feedforward_modules")
+    return sorted(value) if named and isinstance(value, list) else value
 
 
 def _check_same_keys(adapter: Adapter, reference: Adapter) -> None:

@@ -1,4 +1,4 @@
-"""`fedrot aggregate`: several LoRA adapters on disk become one."""
+"""`fedrot aggregate`: several adapters on disk become one."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def aggregate(
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings only.")] = False,
 ) -> None:
-    """Align LoRA adapters to a reference and average them into one PEFT folder."""
+    """Align adapters to a reference and average them into one PEFT folder."""
     from fedrot import adapters
     from fedrot.methods import FedRot, FlexLoRA, Robust
 
@@ -154,6 +154,8 @@ def _report(merged: Merged, method: FedRot | FlexLoRA | Robust, output: Path, fi
     from fedrot.methods import FedRot
     from fedrot.metrics import total
 
+    if merged.distances is not None:
+        return _report_kind(merged, output, first)
     uploads, measured = merged.uploads, merged.misalignment
     layers = uploads.target.keys.layers.values()
     ranks = ", ".join(str(rank) for rank in sorted({layer.rank for layer in layers}))
@@ -182,6 +184,21 @@ def _report(merged: Merged, method: FedRot | FlexLoRA | Robust, output: Path, fi
     if isinstance(method, FedRot) and aligned > plain + 1e-4 * norm:  # more than rounding
         message = "note: aligning increased the error on these adapters; --lam 0 averages plainly"
         typer.echo(message, err=True)
+
+
+def _report_kind(merged: Merged, output: Path, first: bool) -> None:
+    target, distances = merged.uploads.target, merged.distances
+    assert target.kind is not None and distances is not None
+    of = " (the first client; choose another with --reference)" if first else ""
+    for name, value in (
+        ("clients", str(len(merged.uploads.adapters))),
+        ("reference", f"{target.source}{of}"),
+        ("adapters", target.kind.title),
+        ("distance, as they are", f"{distances['distance_plain']:.4g} from the reference"),
+        ("distance, aligned", f"{distances['distance_aligned']:.4g}"),
+        ("written", str(output)),
+    ):
+        typer.echo(f"{name:<22}{value}")
 
 
 def _how(method: FedRot | FlexLoRA | Robust) -> str:

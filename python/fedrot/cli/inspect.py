@@ -71,6 +71,11 @@ def inspect(
     parsed = adapters.parse_weights(weights, folders)
     read = [adapters.read_adapter(path) for path in folders]
     ref = adapters.read_adapter(reference) if reference else read[0]
+    for adapter in (*read, ref):
+        if adapter.kind is not None:
+            raise FedrotError(
+                f"{adapter.source}: {adapter.kind.title} has no LoRA factors to inspect"
+            )
     several = reference is not None or len(read) > 1
     uploads = measured = spectrum = None
     if several or wanted == "auto":
