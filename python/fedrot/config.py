@@ -26,7 +26,8 @@ class Clients:
     ``participation``: who of them trains in a round, drawn anew every round: a fraction up to 1,
     or a whole number of clients from 2 on. ``weights``: what a client counts in the average.
     ``ranks``: the clients' own ranks in turn, none above ``lora.r``, which all have for ``null``;
-    the scaling is that of ``lora.r`` for all.
+    the scaling is that of ``lora.r`` for all. ``ranks_change``: every client goes on to the next of
+    them from round to round.
 
     ``attackers``: so many, the last ones, try to spoil the average (``simulation/attacks.py``):
     by the ``attack`` ``sign-flip`` or ``noise``, ``attack_strength`` times as large as the change
@@ -41,6 +42,7 @@ class Clients:
     participation: float = option(1.0, above=0)
     weights: str = option("uniform", choices=("uniform", "samples"))
     ranks: tuple[int, ...] | None = option(None, at_least=1)
+    ranks_change: bool = option(False)
     attackers: int = option(0, at_least=0)
     attack: str = option("sign-flip", choices=("sign-flip", "noise", "labels"))
     attack_strength: float = option(10.0, above=0)
@@ -64,9 +66,12 @@ class Clients:
             return int(self.participation)
         return max(1, round(self.participation * self.count))
 
-    def rank(self, client: int) -> int | None:
-        """The client's own rank; ``None`` is the global one."""
-        return self.ranks[client % len(self.ranks)] if self.ranks else None
+    def rank(self, client: int, round: int = 0) -> int | None:
+        """The client's own rank in a round, from 0; ``None`` is the global one."""
+        if not self.ranks:
+            return None
+        turn = client + round if self.ranks_change else client
+        return self.ranks[turn % len(self.ranks)]
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,13 @@ class Config:
         if self.clients.ranks and max(self.clients.ranks) > self.lora.r:
             largest = max(self.clients.ranks)
             raise FedrotError(f"clients.ranks must not exceed lora.r={self.lora.r}, got {largest}")
+        if self.clients.ranks_change and not self.clients.ranks:
+            raise FedrotError("clients.ranks_change=true needs clients.ranks, as [2, 4]")
+        if self.clients.ranks_change and method.personal:
+            raise FedrotError(
+                f"{method.name} leaves B with the clients, which has one rank: "
+                "clients.ranks_change must be false"
+            )
 
     @property
     def synthetic(self) -> bool:

@@ -12,6 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from typer.testing import CliRunner
 
 import fedrot
+from fedrot.adapters import gather, measure_spectrum, read
 from fedrot.adapters.kinds import KINDS, REFUSED_TYPES, kind_of
 from fedrot.adapters.kinds.base import NEUTRAL
 from fedrot.adapters.kinds.prompts import assignment
@@ -96,7 +97,12 @@ def test_a_soft_rotation_is_part_of_the_way(tools):
         ("LoHa", ("--lam", "auto"), "LoHa takes a number for --lam and joint, A or B for --align"),
         ("LoHa", ("--align", "optimal"), "LoHa takes a number for --lam .* align optimal"),
         ("LoHa", ("--rule", "median"), r"Robust FedRot-LoRA \(--rule\) takes LoRA factors; LoHa"),
-        ("LoHa", ("--rank", 8), "--rank pads LoRA factors; LoHa has none, got 8"),
+        ("LoHa", ("--rule", "exact"), r"FlexLoRA \(--rule\) takes LoRA factors; LoHa"),
+        ("LoHa", ("--rank", 8), "--rank is for LoRA factors, not for LoHa, got 8"),
+        ("VeRA", ("--rank", "auto"), "--rank is for LoRA factors, not for VeRA, got auto"),
+        ("VeRA", ("--rank", 8, "--rule", "exact"), "--rank is for .*, not for VeRA, got 8"),
+        ("(IA)3", ("--rank", "auto", "--energy", 0.9), r"--rank is for .*, not for \(IA\)3, got"),
+        ("LoHa", ("--energy", 0.9), "--energy is for LoRA factors, not for LoHa, got 0.9"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(tools, tmp_path, title, args, message):
@@ -112,14 +118,28 @@ def test_methods_of_lora_are_refused(tools):
     for method in (FlexLoRA(), Robust(), FedRot(rotation="random")):
         with pytest.raises(FedrotError, match=f"method: {method.name} .* LoHa adapters are merged"):
             fedrot.aggregate([model], method=method)
+    for options, named in [
+        ({"rank": "auto"}, "rank is .* not for LoHa, got auto"),
+        ({"rank": "auto", "method": FedRot()}, "rank is .* not for LoHa, got auto"),
+        ({"rank": 3, "method": FlexLoRA()}, "rank is .* not for LoHa, got 3"),
+        ({"energy": 0.5}, "energy is .* not for LoHa, got 0.5"),
+    ]:
+        with pytest.raises(FedrotError, match=named):
+            fedrot.aggregate([model], **options)
+    found = read(model, "a")
+    with pytest.raises(FedrotError, match=r"rank is .* not for LoHa, got 8"):
+        gather([found], found, rank=8)
+    with pytest.raises(FedrotError, match=r"energy is .* not for LoHa, got 0\.95"):
+        measure_spectrum(gather([found], found))
     with pytest.raises(FedrotError, match=r"LoHa has no products B A to measure; see distances"):
         fedrot.aggregate([model]).misalignment  # noqa: B018
 
 
 def test_inspect_is_for_lora(tools, tmp_path):
     folder = tools.saved(adapted(tools, CONFIGS["LoHa"](), 1), tmp_path / "a")
-    code, _, stderr = run("inspect", folder)
-    assert code == 1 and f"{folder}: LoHa has no LoRA factors to inspect" in stderr
+    for args in ((), ("--rank", 4), ("--rank", "auto", "--energy", 0.9)):
+        code, _, stderr = run("inspect", folder, *args)
+        assert code == 1 and f"{folder}: LoHa has no LoRA factors to inspect" in stderr
 
 
 def test_two_kinds_do_not_mix(tools):

@@ -194,3 +194,60 @@ def test_a_robust_rule_leaves_out_the_bad_one(tmp_path):
     assert code == 1 and "attackers must be below half of the 4 clients" in stderr
     code, _, stderr = fedrot(*args, "--rule", "median", "--lam", "auto", "--force")
     assert code == 1 and "lam must be a number" in stderr
+
+
+def test_rank_by_energy(tmp_path):
+    """Clients of rank 4 and 2 become the truncation of their mean that holds the share."""
+    clients = [write(tmp_path / "a", 1, r=4), write(tmp_path / "b", 2)]
+    D = sum(
+        s * read(c)[KEY_B].double() @ read(c)[KEY_A].double()
+        for c, s in zip(clients, (0.25 * 1, 0.75 * 2), strict=True)
+    )
+    U, S, Vh = torch.linalg.svd(D)
+    held = (S.square().cumsum(0) / S.square().sum()).tolist()
+    energy = (held[1] + held[2]) / 2  # between rank 2 and rank 3
+    out = tmp_path / "merged"
+    args = ("--weights", "1,3", "--rank", "auto", "--energy", energy)
+    code, stdout, stderr = fedrot("aggregate", *clients, "-o", out, *args)
+    assert (code, stderr) == (0, "")
+    assert "1 of rank 3" in stdout
+    kept, asked = f"{100 * held[2]:.4g} %", f"{100 * energy:.4g} %"
+    assert f"energy kept           {kept}, at least {asked} in each layer" in stdout
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 3)  # the scaling of the first client, 1
+    got = read(out)[KEY_B].double() @ read(out)[KEY_A].double()
+    torch.testing.assert_close(got, (U[:, :3] * S[:3]) @ Vh[:3], rtol=0, atol=1e-5)
+    provenance = json.loads((out / "fedrot_provenance.json").read_text())
+    assert provenance["method"] == {"name": "FlexLoRA", "gauge": "reference"}
+    assert provenance["ranks"] == [3]
+    assert provenance["spectrum"] == {
+        "energy": energy,
+        "kept": pytest.approx(held[2]),
+        "ranks": {"q": 3},
+    }
+
+    same = tmp_path / "same"
+    args = ("--weights", "1,3", "--rank", 3, "--rule", "exact")
+    assert fedrot("aggregate", *clients, "-o", same, *args)[0] == 0
+    assert all(torch.equal(read(same)[key], read(out)[key]) for key in (KEY_A, KEY_B))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rank", "auto", "--rule", "mean"), "which FedRot-LoRA does not give; FlexLoRA does"),
+        (("--rank", "auto", "--rule", "median"), "which Robust FedRot-LoRA does not give"),
+        (("--rank", "auto", "--lam", 0.5), "--rule exact has none"),
+        (("--rule", "exact", "--align", "A"), "--rule exact has none"),
+        (("--rule", "exact", "--improper"), "--rule exact has none"),
+        (("--energy", 0.5), "energy chooses a rank for rank='auto', got energy=0.5 and rank=None"),
+        (("--rank", "2.5"), "--rank must be a whole number or auto, got '2.5'"),
+        (("--rank", "auto", "--energy", 0), "energy must be above 0 and at most 1, got 0.0"),
+    ],
+)
+def test_bad_rank_options(clients, tmp_path, options, message):
+    out = tmp_path / "merged"
+    code, stdout, stderr = fedrot("aggregate", *clients, "-o", out, *options)
+    assert (code, stdout) == (1, "")
+    assert message in stderr
+    assert not out.exists()

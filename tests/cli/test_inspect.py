@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fedrot.cli import app
@@ -84,3 +84,63 @@ def test_bad_input_is_one_line(tmp_path):
     result = fedrot("inspect", tmp_path / "nowhere")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == f"fedrot: {tmp_path / 'nowhere'}: no such folder\n"
+
+
+def test_spectrum(tmp_path):
+    """Both adapters are `2 diag(3, 2)` in bases of their own: squares 36 and 16 of 52."""
+    clients = [write(tmp_path / "a", 0), write(tmp_path / "b", 50)]
+    picture = tmp_path / "s.png"
+    args = ("inspect", *clients, "--rank", "auto", "--energy", 0.69)
+    result = fedrot(*args, "--plot", picture, columns=200)
+    assert result.exit_code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    table = result.stdout.split("spectrum of the exact mean; to keep: 69 %")[1]
+    row, total = (
+        next(line.split() for line in table.splitlines() if name in line)
+        for name in ("layers.0.q", "all ")
+    )
+    assert row == ["layers.0.q", "1", "69.2", "%", "69.2", "%", "█▆"]
+    assert total == ["all", "69.2", "%", "69.2", "%"]
+    assert "rotation from" in result.stdout
+
+    report = json.loads(fedrot(*args, "--json").stdout)
+    assert report["spectrum"]["kept"] == pytest.approx(36 / 52)
+    layer = report["spectrum"]["layers"]["layers.0.q"]
+    assert (layer["rank"], layer["kept"]) == (1, pytest.approx(36 / 52))
+    assert layer["singular_values"] == pytest.approx([6, 4], rel=1e-5)
+    assert report["errors"]["layers.0.q"]["aligned"] == pytest.approx(0, abs=1e-5)
+
+    default = json.loads(fedrot("inspect", *clients, "--rank", "auto", "--json").stdout)
+    assert default["spectrum"]["energy"] == 0.95
+    assert default["spectrum"]["layers"]["layers.0.q"]["rank"] == 2
+
+
+def test_spectrum_of_one_adapter_and_of_nothing(tmp_path):
+    a = write(tmp_path / "a", 30)
+    result = fedrot("inspect", a, "--rank", "auto", "--energy", 1, columns=200)
+    row = next(line.split() for line in result.stdout.splitlines() if "█" in line)
+    assert row == ["layers.0.q", "2", *("100.0", "%", "69.2", "%", "100.0", "%"), "█▆"]
+    assert "rotation from" not in result.stdout
+
+    tensors = load_file(a / "adapter_model.safetensors")
+    save_file({k: 0 * t for k, t in tensors.items()}, a / "adapter_model.safetensors")
+    picture = tmp_path / "s.png"
+    result = fedrot("inspect", a, "--rank", "auto", "--plot", picture, columns=200)
+    assert result.exit_code == 0 and picture.is_file()
+    rows = [line.split() for line in result.stdout.splitlines() if "layers.0.q" in line]
+    assert rows[-1] == ["layers.0.q", "1", "100.0", "%", "100.0", "%"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--energy", 0.5), "--energy is for --rank auto, got --energy 0.5 without it"),
+        (("--rank", 2, "--plot", "s.png"), "--plot is for --rank auto, got --plot s.png without"),
+        (("--rank", "all"), "--rank must be a whole number or auto, got 'all'"),
+        (("--rank", "auto", "--energy", 2), "energy must be above 0 and at most 1, got 2.0"),
+    ],
+)
+def test_bad_spectrum_options(tmp_path, options, message):
+    result = fedrot("inspect", write(tmp_path / "a", 0), *options)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert message in result.stderr

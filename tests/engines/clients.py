@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from problems import OUTPUT_TOLERANCE, assert_close, planted
 
 from fedrot.factors import Factors
+from fedrot.streaming import StreamingAggregator
 from fedrot_kernels.backends import reference
 
 SHAPES = [(9, 14, 4), (31, 8, 2), (5, 5, 5)]
@@ -49,3 +52,11 @@ def spoiled(client, layer, value, side="B"):
     )
     getattr(copy, side)[layer][1, 1] = value
     return copy
+
+
+def filled(ref, uploads, weights=None, **options):
+    """A streaming aggregator that has accepted the clients."""
+    aggregator = StreamingAggregator(ref, **options)
+    for client, weight in zip(uploads, weights or itertools.repeat(1.0), strict=False):
+        assert aggregator.accept(client, weight)
+    return aggregator

@@ -156,6 +156,23 @@ def test_flexlora_truncates_the_average_of_the_uploads():
             assert float((product - best).norm()) < 1e-5 * float(S[0])
 
 
+@pytest.mark.parametrize("method", ["fedrot", "flexlora"])
+def test_a_client_of_another_rank_every_round(method):
+    """Its start is cut from the global factors of that round, whatever rank it had before."""
+    options = ("clients.ranks=[4,1,2]", "clients.ranks_change=true", "clients.participation=3")
+    federation = prepare(small(method, *options))
+    config, server = federation.config, federation.start()
+    for round, by_client in enumerate(([4, 1, 2, 4], [1, 2, 4, 1], [2, 4, 1, 2], [4, 1, 2, 4])):
+        uploads, server = one_round(federation, server)
+        found = {u.client: {A.shape[0] for A in u.factors.A.values()} for u in uploads.clients}
+        assert found == {i: {by_client[i]} for i in participants(config, round)}
+        assert len(found) == 3
+        expected = config.method.aggregate(uploads.factors, uploads.reference, round=round)
+        for m, A in server.factors.A.items():
+            assert A.shape[0] == 4 and torch.equal(A, expected.A[m])
+    assert load(config.tree()) == config
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_mixed_ranks_weights_and_partial_participation_run(name, tmp_path):
     options = ("clients.ranks=[2,4]", "clients.weights=samples", "clients.participation=0.5")
@@ -310,6 +327,12 @@ def test_one_shot_merges_by_every_method_that_can(tmp_path):
         ("fedit", ["start=own", "rounds=1", "server.lr=2"], "lr 2 steps from the global factors"),
         ("fedit", ["clients.ranks=[4,8]"], "clients.ranks must not exceed lora.r=4, got 8"),
         ("fedit", ["clients.ranks=[4,0]"], "clients.ranks[1] must be at least 1, got 0"),
+        ("fedit", ["clients.ranks_change=true"], "ranks_change=true needs clients.ranks"),
+        (
+            "fedsa",
+            ["clients.ranks=[1,2]", "clients.ranks_change=true"],
+            "FedSA-LoRA leaves B with the clients, which has one rank: clients.ranks_change",
+        ),
         ("fedit", ["clients.ranks=4"], "clients.ranks must be a list such as [1, 2], got 4"),
         ("fedit", ["clients.ranks=[2.5]"], "clients.ranks[0] must be a whole number, got 2.5"),
         ("fedit", ["clients.participation=1.5"], "a whole number from 2 to clients.count=4"),

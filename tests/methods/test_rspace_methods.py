@@ -7,7 +7,7 @@ import torch
 
 from fedrot.config import load
 from fedrot.errors import FedrotError
-from fedrot.factors import Factors, truncate
+from fedrot.factors import Factors, padded, truncate
 from fedrot.gauge import haar, regauge
 from fedrot.methods import FedIT, FedRot, FlexLoRA
 from fedrot.metrics import aggregation_error, total
@@ -152,3 +152,58 @@ def test_refused(options, message):
     with pytest.raises(FedrotError) as refused:
         load(parse_overrides(options))
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("align", ["joint", "A", "B", "gpa", "optimal"])
+def test_a_rotation_leaves_more_rank_than_the_clients_have_empty(align):
+    """Room for a rotation to act on the rest as a reflection is all that it gives."""
+    uploads, reference, weights = federation()
+    out = FedRot(1.0, align).aggregate(uploads, padded(reference, 7), weights)
+    expected = FedRot(1.0, align, proper=False).aggregate(uploads, reference, weights)
+    for m in SHAPES:
+        assert float(out.A[m][R:].abs().max()) < 1e-12
+        assert float(out.B[m][:, R:].abs().max()) < 1e-12
+        if align != "optimal":  # the length of its ten steps depends on the rank
+            product = expected.B[m] @ expected.A[m]
+            torch.testing.assert_close(out.B[m] @ out.A[m], product, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 2, 3, 6])
+def test_flexlora_to_a_rank_that_no_client_has(rank, dtype):
+    """Clients of rank 4, 4, 2, 3, a reference of another rank: the product of the published gauge
+    in the gauge of this reference, ``B^T B - A A^T = delta I``."""
+    uploads, reference, weights = federation()
+    cast = [
+        Factors(*({m: t.to(dtype) for m, t in f.items()} for f in (u.A, u.B)))
+        for u in (*uploads, padded(reference, rank) if rank > R else truncate(reference, rank))
+    ]
+    *uploads, like = cast
+    mine = FlexLoRA("reference").aggregate(uploads, like, weights)
+    best = FlexLoRA().aggregate(uploads, like, weights)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-7
+    for m in SHAPES:
+        A, B = mine.A[m].double(), mine.B[m].double()
+        assert (A.shape[0], B.shape[1], mine.A[m].dtype) == (rank, rank, dtype)
+        product = best.B[m].double() @ best.A[m].double()
+        scale = float(product.norm())
+        torch.testing.assert_close(B @ A, product, rtol=0, atol=tolerance * scale)
+        norms = like.B[m].double().square().sum() - like.A[m].double().square().sum()
+        delta = norms / rank * torch.eye(rank, dtype=torch.float64)
+        torch.testing.assert_close(B.T @ B - A @ A.T, delta, rtol=0, atol=10 * tolerance * scale)
+        # Nearest to the reference: the Procrustes matrix is symmetric, positive semi-definite.
+        M = A @ like.A[m].double().T + B.T @ like.B[m].double()
+        torch.testing.assert_close(M, M.T, rtol=0, atol=20 * tolerance * float(M.norm()))
+        assert float(torch.linalg.eigvalsh(M)[0]) > -20 * tolerance * float(M.norm())
+
+
+def test_flexlora_names_what_is_wrong():
+    uploads, reference, weights = federation()
+    for gauge in ("reference", "singular"):
+        with pytest.raises(ValueError, match=r"weights.*-1"):
+            FlexLoRA(gauge).aggregate(uploads, reference, torch.tensor([1.0, -1, 1, 1]))
+        with pytest.raises(
+            ValueError, match=r"clients have layers .* the reference has \['other'\]"
+        ):
+            other = Factors({"other": torch.ones(4, 3)}, {"other": torch.ones(3, 4)})
+            FlexLoRA(gauge).aggregate(uploads, other, weights)

@@ -13,58 +13,29 @@ pytest.importorskip(
     "nvflare.apis", reason="NVFLARE is not installed: pip install 'fedrot[nvflare]'"
 )
 
-from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
-from nvflare.app_common.app_constant import AppConstants
-from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+from two_clients import (
+    EYE,
+    FIRST,
+    GLOBAL,
+    HEAD,
+    HEAD_MEAN,
+    PLAIN_A,
+    PLAIN_B,
+    QUARTER,
+    SECOND,
+    A,
+    B,
+    averaged,
+    check,
+    client,
+    of_two,
+    send,
+)
 
 from fedrot.nvflare import FedRotAggregator
-
-A, B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
-HEAD = "base_model.model.classifier.weight"
-EYE, QUARTER = torch.eye(2), torch.tensor([[0.0, -1.0], [1.0, 0.0]])
-GLOBAL = {A: EYE, B: EYE, HEAD: torch.zeros(2)}
-# Client 1 has doubled both factors, client 2 has made them four times as large in a basis that is
-# turned by 90 degrees. With steps 3 and 1, aligned: (3 * 2 EYE + 4 EYE) / 4 = 2.5 EYE.
-FIRST = {A: 2 * EYE, B: 2 * EYE, HEAD: torch.tensor([1.0, -1.0])}
-SECOND = {A: 4 * QUARTER.T, B: 4 * QUARTER, HEAD: torch.tensor([3.0, 1.0])}
-PLAIN_A, PLAIN_B = 1.5 * EYE + QUARTER.T, 1.5 * EYE + QUARTER
-HEAD_MEAN = torch.tensor([1.5, -0.5])
-
-
-def send(aggregator: FedRotAggregator, params: dict, round: int | None = 0) -> None:
-    """What FedAvg does before the first client gets its task."""
-    context = FLContext()
-    shareable = FLModelUtils.to_shareable(FLModel(params=params, current_round=round))
-    context.set_prop(AppConstants.TRAIN_SHAREABLE, shareable, private=True, sticky=False)
-    aggregator.handle_event(AppEventType.BEFORE_TRAIN_TASK, context)
-
-
-def client(params: dict, steps: object = 1, name: str = "site-1", **more) -> FLModel:
-    meta = {"client_name": name}
-    if steps is not None:
-        meta[FLMetaKey.NUM_STEPS_CURRENT_ROUND] = steps
-    return FLModel(params=params, meta=meta, **more)
-
-
-def averaged(aggregator: FedRotAggregator, *clients: FLModel) -> FLModel:
-    for each in clients:
-        aggregator.accept_model(each)
-    return aggregator.aggregate_model()
-
-
-def of_two(aggregator: FedRotAggregator, sent: dict = GLOBAL, round: int | None = 0) -> dict:
-    send(aggregator, sent, round)
-    two = client(FIRST, 3), client(SECOND, 1, "site-2")
-    return averaged(aggregator, *two).params
-
-
-def check(params: dict, **wanted: Tensor) -> None:
-    for name, value in wanted.items():
-        key = {"A": A, "B": B, "head": HEAD}[name]
-        torch.testing.assert_close(params[key], value, rtol=0, atol=1e-6)
 
 
 def test_aligned_average_by_number_of_steps():
@@ -82,14 +53,6 @@ def test_clients_that_give_no_steps_count_the_same():
     send(aggregator, GLOBAL)
     result = averaged(aggregator, client(FIRST, None), client(SECOND, None, "site-2"))
     check(result.params, A=3 * EYE, B=3 * EYE, head=torch.tensor([2.0, 0.0]))
-
-
-@pytest.mark.parametrize("steps", [-1, float("nan"), float("inf"), "many", True])
-def test_steps_that_are_no_number_are_refused(steps):
-    aggregator = FedRotAggregator()
-    send(aggregator, GLOBAL)
-    with pytest.raises(ValueError, match=r"client 'site-1': NUM_STEPS_CURRENT_ROUND must be"):
-        aggregator.accept_model(client(FIRST, steps))
 
 
 def test_a_client_of_no_steps_counts_nothing():
@@ -146,14 +109,6 @@ def test_differences():
     check(controllers.params, A=2.5 * EYE, B=2.5 * EYE, head=HEAD_MEAN)
 
 
-def test_whole_parameters_and_differences_do_not_mix():
-    aggregator = FedRotAggregator()
-    send(aggregator, GLOBAL)
-    aggregator.accept_model(client(FIRST))
-    with pytest.raises(ValueError, match=r"client 'site-2' returns .*DIFF.*all must return"):
-        aggregator.accept_model(client(SECOND, 1, "site-2", params_type="DIFF"))
-
-
 def test_numpy_gives_the_same_as_torch():
     sent, first, second = ({k: v.numpy() for k, v in p.items()} for p in (GLOBAL, FIRST, SECOND))
     first[A].setflags(write=False)
@@ -183,44 +138,6 @@ def test_tensors_that_nvflare_has_left_on_disk():
     check(result.params, A=2.5 * EYE, B=2.5 * EYE, head=HEAD_MEAN)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "error", "message"),
-    [
-        (A, [[1.0, 0.0], [0.0, 1.0]], TypeError, "q.lora_A.weight must be a torch tensor or"),
-        (HEAD, torch.ones(2, dtype=torch.bool), TypeError, "torch.bool, which cannot be averaged"),
-        (A, torch.ones(1, 2), ValueError, r"lora_A.weight' must be \(2, 2\).*got \(1, 2\)"),
-        (HEAD, torch.ones(3), ValueError, r"classifier.weight' must be \(2,\).*got \(3,\)"),
-        (B, None, ValueError, "returns no 'base_model.model.q.lora_B.weight' .of 1.*no torch ten"),
-        ("else", torch.ones(1), ValueError, "returns 'else'; the global model has no such"),
-    ],
-)
-def test_what_does_not_fit_ends_the_round(key, value, error, message):
-    params = {k: v for k, v in {**FIRST, key: value}.items() if v is not None}
-    aggregator = FedRotAggregator()
-    send(aggregator, GLOBAL)
-    with pytest.raises(error, match=f"client 'site-1'.*{message}"):
-        aggregator.accept_model(client(params))
-    # NVFLARE only logs the error; the round must not go on without the client.
-    aggregator.accept_model(client(SECOND, 1, "site-2"))
-    with pytest.raises(error, match=message):
-        aggregator.aggregate_model()
-    check(of_two(FedRotAggregator(lam=1.0), round=1), A=2.5 * EYE)
-
-
-def test_clients_return_the_same_keys():
-    few = {A: FIRST[A], B: FIRST[B]}
-    aggregator = FedRotAggregator()
-    send(aggregator, GLOBAL)
-    aggregator.accept_model(client(few))
-    with pytest.raises(ValueError, match=f"'site-2' returns '{HEAD}', which others do not"):
-        aggregator.accept_model(client(SECOND, 1, "site-2"))
-    with pytest.raises(ValueError, match=HEAD):
-        aggregator.aggregate_model()
-    aggregator.accept_model(client(FIRST))
-    with pytest.raises(ValueError, match=f"'site-2' returns no '{HEAD}'"):
-        aggregator.accept_model(client(few, 1, "site-2"))
-
-
 def test_frozen_weights_may_stay_with_the_server(monkeypatch):
     warnings: list[str] = []
     aggregator = FedRotAggregator(lam=1.0)
@@ -231,51 +148,6 @@ def test_frozen_weights_may_stay_with_the_server(monkeypatch):
     assert warnings == [
         "1 parameters stay with the server, as 'base_model.model.q.base_layer.weight'"
     ]
-
-
-def test_not_finite_raises():
-    for key in (B, HEAD):
-        aggregator = FedRotAggregator()
-        send(aggregator, GLOBAL)
-        bad = {**SECOND, key: torch.full_like(SECOND[key], float("nan"))}
-        with pytest.raises(ValueError, match=r"client 'site-2'.*finite"):
-            aggregator.accept_model(client(bad, 1, "site-2"))
-        with pytest.raises(ValueError, match=r"client 'site-2'.*finite"):
-            averaged(aggregator, client(FIRST))
-
-
-@pytest.mark.parametrize("key", [B, HEAD])
-@pytest.mark.filterwarnings("ignore:client 'site-2':RuntimeWarning")
-def test_not_finite_is_dropped(monkeypatch, key):
-    warnings: list[str] = []
-    aggregator = FedRotAggregator(lam=1.0, nonfinite="drop")
-    monkeypatch.setattr(aggregator, "warning", warnings.append)
-    send(aggregator, GLOBAL)
-    bad = {**SECOND, key: torch.full_like(SECOND[key], float("inf"))}
-    metrics = {"accuracy": 0.5}
-    result = averaged(
-        aggregator,
-        client(bad, 9, "site-2", metrics={"accuracy": 1.0}),
-        client(FIRST, 1, metrics=metrics),
-    )
-    check(result.params, A=2 * EYE, B=2 * EYE, head=FIRST[HEAD])
-    assert result.metrics == metrics
-    assert warnings == ["client 'site-2' has values that are not finite; it is left out"]
-    send(aggregator, GLOBAL, 1)
-    aggregator.accept_model(client(bad, 9, "site-2"))
-    with pytest.raises(ValueError, match="at least one client"):
-        aggregator.aggregate_model()
-
-
-def test_a_late_client_is_left_out(monkeypatch):
-    warnings: list[str] = []
-    aggregator = FedRotAggregator(lam=1.0)
-    monkeypatch.setattr(aggregator, "warning", warnings.append)
-    send(aggregator, GLOBAL, 4)
-    late = client(SECOND, 9, "site-2", current_round=3)
-    result = averaged(aggregator, late, client(FIRST, 1, current_round=4))
-    check(result.params, A=2 * EYE, B=2 * EYE)
-    assert warnings == ["client 'site-2' is late: round 3; it is left out"]
 
 
 def test_metrics_are_averaged_as_nvflare_does():
@@ -348,33 +220,6 @@ def test_names_of_adapters_convolutions_and_biases():
         torch.testing.assert_close(result[key], value)
 
 
-@pytest.mark.parametrize(
-    ("sent", "message"),
-    [
-        ({HEAD: torch.zeros(2)}, "no LoRA factors"),
-        ({A: EYE}, "lora_A.weight' has no factor B"),
-        (
-            {A: EYE, B: EYE, "base_model.model.q.lora_E": torch.ones(2, 1)},
-            r"the global model: .*lora_E' may forbid to rotate",
-        ),
-    ],
-)
-def test_a_global_model_that_cannot_be_rotated_is_refused(sent, message):
-    aggregator = FedRotAggregator()
-    send(aggregator, sent)
-    with pytest.raises(ValueError, match=message):
-        aggregator.accept_model(client(sent))
-
-
-def test_nothing_was_sent_and_nobody_answers():
-    aggregator = FedRotAggregator()
-    with pytest.raises(ValueError, match="no BEFORE_TRAIN_TASK event"):
-        aggregator.accept_model(client(FIRST))
-    aggregator.reset_stats()
-    with pytest.raises(ValueError, match="at least one client"):
-        aggregator.aggregate_model()
-
-
 def test_reset_forgets_the_clients():
     aggregator = FedRotAggregator(lam=1.0)
     send(aggregator, GLOBAL)
@@ -390,20 +235,6 @@ def test_as_scatter_and_gather_calls_it():
         assert aggregator.accept(FLModelUtils.to_shareable(client(params, steps)), FLContext())
     result = FLModelUtils.from_shareable(aggregator.aggregate(FLContext()))
     check(result.params, A=2.5 * EYE, B=2.5 * EYE, head=HEAD_MEAN)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lam": 1.5}, r"lam must lie in \[0, 1\], got 1.5"),
-        ({"align": "optimal"}, "looks at all clients at once"),
-        ({"align": "C"}, "align must be joint, A, B or alternate, got 'C'"),
-        ({"nonfinite": "skip"}, "nonfinite must be raise or drop, got 'skip'"),
-    ],
-)
-def test_options_are_checked_at_construction(options, message):
-    with pytest.raises(ValueError, match=message):
-        FedRotAggregator(**options)
 
 
 def test_options_survive_the_job_configuration(tmp_path):

@@ -2,7 +2,8 @@
 
 `aggregate` is all of it. Its steps: `read_adapter` or `read` -> `gather` (checks, common scale) ->
 `merge` -> `Merged`, which can be saved or added to a model; `measure` says how far apart the
-adapters are. `kinds` has the adapters other than LoRA.
+adapters are, `measure_spectrum` of what rank their average is. `kinds` has the adapters other than
+LoRA.
 """
 
 from fedrot.adapters.adapter import Adapter
@@ -10,13 +11,16 @@ from fedrot.adapters.folder import check_output, digests, read_adapter, write_ad
 from fedrot.adapters.measure import Misalignment, measure
 from fedrot.adapters.merge import Merged, aggregate, merge
 from fedrot.adapters.sources import check_distinct, read
+from fedrot.adapters.spectrum import ENERGY, Spectrum, measure_spectrum
 from fedrot.adapters.uploads import Uploads, gather
 from fedrot.adapters.weights import parse_weights
 
 __all__ = [
+    "ENERGY",
     "Adapter",
     "Merged",
     "Misalignment",
+    "Spectrum",
     "Uploads",
     "aggregate",
     "check_distinct",
@@ -24,6 +28,7 @@ __all__ = [
     "digests",
     "gather",
     "measure",
+    "measure_spectrum",
     "merge",
     "parse_weights",
     "read",

@@ -65,10 +65,11 @@ class Layer:
             torch.stack([B[pair] for pair in self.pairs], 2).flatten(1),
         )
 
-    def padded(self, tensors: Mapping[str, Tensor], rank: int) -> tuple[Tensor, Tensor]:
-        """Both tensors as they are stored, with zeros up to `rank`: every product stays."""
+    def resized(self, tensors: Mapping[str, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+        """Both tensors as they are stored, in another rank: zeros at the end keep every product,
+        and a smaller rank the first rows of `A` and columns of `B`."""
         A, B = self._by_expert(tensors)
-        extra = (0, rank - self.rank)
+        extra = (0, rank - self.rank)  # negative: cut
         A = pad(A, (0, 0) * (A.ndim - 2) + extra)
         B = pad(B, (0, 0) * (B.ndim - 2) + extra)
         return A.flatten(0, 1), B.flatten(1, 2)

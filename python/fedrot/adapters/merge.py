@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -20,10 +20,11 @@ from fedrot.adapters.folder import check_output, digests, write_adapter
 from fedrot.adapters.kinds.prompts import KEY as PROMPT
 from fedrot.adapters.measure import Misalignment, measure
 from fedrot.adapters.sources import check_distinct, read
+from fedrot.adapters.spectrum import Spectrum, measure_spectrum
 from fedrot.adapters.uploads import Uploads, gather, result
 from fedrot.errors import FedrotError
 from fedrot.factors import Factors
-from fedrot.methods import FedRot, Method
+from fedrot.methods import FedRot, FlexLoRA, Method
 from fedrot.options import to_tree
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Merged:
     """One adapter out of several: PEFT's state dict and configuration, and what they came from.
 
     `tensors` is what `peft.set_peft_model_state_dict` takes, on the CPU, in the reference's dtypes.
-    `config` is the content of `adapter_config.json`: the reference's, with its rank padded if that
+    `config` is the content of `adapter_config.json`: the reference's, with another rank if that
     was asked for. `(tensors, config)` can be given to `aggregate` again. Of another kind than LoRA,
     `factors` has no layers, and `distances` says how far apart the adapters were.
     """
@@ -47,6 +48,7 @@ class Merged:
     factors: Factors
     uploads: Uploads
     method: Method
+    spectrum: Spectrum | None = None  # where it decided the ranks
     distances: dict[str, float] | None = None  # None for LoRA; see `kinds.align`
 
     @property
@@ -139,6 +141,7 @@ class Merged:
                 for adapter, weight in zip(uploads.adapters, weights, strict=True)
             ],
             "ranks": sorted({layer.rank for layer in uploads.target.keys.layers.values()}),
+            **({"spectrum": self.spectrum.summary()} if self.spectrum else {}),
             "measured": self.distances or self.misalignment.summary(),
             "notes": uploads.notes,
         }
@@ -150,7 +153,8 @@ def aggregate(
     *,
     weights: Sequence[float] | None = None,
     method: Method | None = None,
-    rank: int | None = None,
+    rank: int | Literal["auto"] | None = None,
+    energy: float | None = None,
 ) -> Merged:
     """Align adapters to a reference and average them (FedRot-LoRA, arXiv 2602.23638).
 
@@ -174,7 +178,12 @@ def aggregate(
         method: `FedRot(lam=1.0)` if None: the whole rotation, on both factors. Any method whose
             result is an adapter alone will do, as `FlexLoRA()`; other kinds than LoRA take
             `FedRot` and `FedIT`.
-        rank: pad the reference with zeros to this rank first, so that larger adapters fit.
+        rank: a number: pad the reference with zeros to this rank first, so that larger adapters
+            fit; with `FlexLoRA`, which can also lower it, the rank of the result. `"auto"`: each
+            layer gets the smallest rank that holds the share `energy` of the exact average. The
+            method is then `FlexLoRA("reference")` if None, and must be a FlexLoRA. LoRA only.
+        energy: in (0, 1], for `rank="auto"`: share of the squared singular values; 1 is the rank
+            of the exact average. None: `fedrot.adapters.ENERGY`.
 
     Raises:
         FedrotError: (a `ValueError`) naming the adapter, its layer or key, and the values found,
@@ -186,7 +195,11 @@ def aggregate(
             "adapters must be a list, as [(model, 'a'), (model, 'b')], "
             f"got {type(adapters).__name__}"
         )
-    method = FedRot(lam=1.0) if method is None else method
+    auto = rank == "auto"
+    if isinstance(rank, str) and not auto:
+        raise FedrotError(f"rank must be a number or 'auto', got {rank!r}")
+    if method is None:
+        method = FlexLoRA("reference") if auto else FedRot(lam=1.0)
     if method.folds or method.personal or method.same_A:
         raise FedrotError(f"method: {method.name} needs more than the adapters to merge them")
     check_distinct(adapters)
@@ -194,6 +207,22 @@ def aggregate(
     if not found:
         raise FedrotError("no adapters to merge")
     target = found[0] if reference is None else read(reference, "reference")
+    if target.kind is not None:
+        target.kind.check_rank(rank=rank, energy=energy)
+    if energy is not None and not auto:
+        raise FedrotError(f"energy chooses a rank for rank='auto', got energy={energy} and {rank=}")
+    if auto and not method.truncates:
+        raise FedrotError(
+            f"method: rank='auto' is a rank of the exact average, which {method.name} does not "
+            "give; FlexLoRA does"
+        )
+    if isinstance(rank, str):
+        spectrum = measure_spectrum(gather(found, target, weights, {}), energy)
+        merged = merge(gather(found, target, weights, spectrum.ranks), method)
+        return replace(merged, spectrum=spectrum)
+    if method.truncates and rank is not None:
+        ranks = dict.fromkeys(target.keys.layers, rank)
+        return merge(gather(found, target, weights, ranks), method)
     return merge(gather(found, target, weights, rank), method)
 
 
@@ -205,13 +234,15 @@ def merge(uploads: Uploads, method: Method) -> Merged:
     Raises:
         FedrotError: a merged value does not fit into the dtype of the reference's tensor.
     """
+    config = uploads.target.config
     if uploads.target.kind is not None:
         uploads, distances = kinds.align(uploads, method)
-        tensors = result(uploads, uploads.reference)
-        return Merged(uploads.target.config, tensors, uploads.reference, uploads, method, distances)
-    factors = method.aggregate(uploads.clients, uploads.reference, uploads.weights)
+        factors = uploads.reference
+        tensors = result(uploads, factors)
+        return Merged(config, tensors, factors, uploads, method, distances=distances)
+    factors = method.aggregate(uploads.clients, uploads.like, uploads.weights)
     tensors = result(uploads, factors)
-    return Merged(uploads.target.config, tensors, factors, uploads, method)
+    return Merged(config, tensors, factors, uploads, method)
 
 
 def _origin(adapter: Adapter) -> dict[str, Any]:

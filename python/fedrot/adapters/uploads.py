@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedrot.adapters.adapter import Adapter
 from fedrot.adapters.config import MUST_AGREE, Config, base_change, with_ranks
@@ -28,11 +29,20 @@ class Uploads:
     """
 
     clients: list[Factors]
-    reference: Factors
+    reference: Factors  # zero-padded where a client has a larger rank
     weights: Tensor  # (N,), float64, sum 1
-    target: Adapter  # the reference, padded to the wanted rank: says what the result looks like
+    target: Adapter  # the reference in the wanted ranks: says what the result looks like
     adapters: list[Adapter]
     notes: list[str]
+
+    @property
+    def like(self) -> Factors:
+        """The reference in the ranks of the result, padded or cut: what a method gets."""
+        ranks = {p: n.rank for n in self.target.keys.layers.values() for p in n.pairs}
+        return Factors(
+            {p: pad(A, (0, 0, 0, ranks[p] - A.shape[0])) for p, A in self.reference.A.items()},
+            {p: pad(B, (0, ranks[p] - B.shape[1])) for p, B in self.reference.B.items()},
+        )
 
     @property
     def scalings(self) -> dict[str, float]:
@@ -45,28 +55,32 @@ def gather(
     adapters: Sequence[Adapter],
     reference: Adapter,
     weights: Sequence[float] | None = None,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
 ) -> Uploads:
     """Check that the adapters can be merged and bring their factors to the reference's scale.
 
     With scalings `s_i` and `s_ref`, both factors of client `i` are multiplied by
-    `sqrt(s_i / s_ref)`, so `s_ref B A` is what `s_i B_i A_i` was. `rank` first pads every layer
-    of the reference that has less with zeros.
+    `sqrt(s_i / s_ref)`, so `s_ref B A` is what `s_i B_i A_i` was.
+
+    `rank`: a number first pads every layer of the reference that has less with zeros; no client
+    may have more. A mapping is the ranks of the result by layer, those it leaves out keep the
+    reference's: for a method that `truncates`, so clients may have any rank.
 
     Raises:
         FedrotError: naming the adapter, the key and both values, where they do not fit.
     """
     if not adapters:
         raise FedrotError("no adapters to merge")
-    if rank is not None and rank < 1:
-        raise FedrotError(f"--rank must be at least 1, got {rank}")
-    if rank is not None and reference.kind is not None:
-        raise FedrotError(f"--rank pads LoRA factors; {reference.kind.title} has none, got {rank}")
-    target = _padded(reference, rank)
+    if reference.kind is not None:
+        reference.kind.check_rank(rank=rank)
     for adapter in adapters:
         _check_same_meaning(adapter, reference)
         _check_same_keys(adapter, reference)
-        _check_shapes(adapter, target)
+    target = padded = _resized(reference, _ranks(reference, rank))
+    if isinstance(rank, Mapping):
+        padded = _resized(reference, _largest_ranks([*adapters, reference]))
+    for adapter in adapters:
+        _check_shapes(adapter, padded)
         _check_base_change(adapter, target)
         if reference.kind is not None:
             reference.kind.check_fit(adapter, reference)
@@ -74,7 +88,7 @@ def gather(
     dtype = _working_dtype([*adapters, reference])
     return Uploads(
         [_factors(adapter, target, dtype) for adapter in adapters],
-        _factors(target, target, dtype),
+        _factors(padded, target, dtype),
         _normalised(weights, len(adapters)),
         target,
         list(adapters),
@@ -110,22 +124,36 @@ def delta(factors: Factors, scalings: Mapping[str, float]) -> Factors:
     )
 
 
-def _padded(reference: Adapter, rank: int | None) -> Adapter:
-    """The reference with every layer zero-padded to `rank`, and a configuration that says so."""
+def _ranks(reference: Adapter, rank: int | Mapping[str, int] | None) -> dict[str, int]:
+    ranks = {name: layer.rank for name, layer in reference.keys.layers.items()}
+    given = list(rank.values()) if isinstance(rank, Mapping) else [] if rank is None else [rank]
+    if given and min(given) < 1:
+        raise FedrotError(f"--rank must be at least 1, got {min(given)}")
+    if isinstance(rank, Mapping):
+        return {**ranks, **rank}
+    return {name: max(own, rank or 0) for name, own in ranks.items()}
+
+
+def _largest_ranks(adapters: Sequence[Adapter]) -> dict[str, int]:
+    names = adapters[0].keys.layers
+    return {name: max(a.keys.layers[name].rank for a in adapters) for name in names}
+
+
+def _resized(reference: Adapter, ranks: Mapping[str, int]) -> Adapter:
+    """The reference with these ranks, padded or cut, and a configuration that says so."""
     layers = reference.keys.layers
-    ranks = {name: max(layer.rank, rank or 0) for name, layer in layers.items()}
     if all(ranks[name] == layer.rank for name, layer in layers.items()):
         return reference
     tensors = dict(reference.tensors)
     for name, layer in layers.items():
-        tensors[layer.key_A], tensors[layer.key_B] = layer.padded(tensors, ranks[name])
+        tensors[layer.key_A], tensors[layer.key_B] = layer.resized(tensors, ranks[name])
     config = with_ranks(
         reference.config,
         {target: ranks[name] for name, layer in layers.items() for target in layer.targets},
         {target: layer.scaling for layer in layers.values() for target in layer.targets},
     )
-    padded = {name: dataclasses.replace(layer, rank=ranks[name]) for name, layer in layers.items()}
-    keys = dataclasses.replace(reference.keys, layers=padded)
+    resized = {name: dataclasses.replace(layer, rank=ranks[name]) for name, layer in layers.items()}
+    keys = dataclasses.replace(reference.keys, layers=resized)
     return dataclasses.replace(reference, config=config, tensors=tensors, keys=keys)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
 from fedrot.cli._run import user_errors
+from fedrot.errors import FedrotError
 
 if TYPE_CHECKING:
     from fedrot.adapters import Merged
-    from fedrot.methods import FedRot, Robust
+    from fedrot.methods import FedRot, FlexLoRA, Robust
 
 
 class Align(str, Enum):
@@ -34,6 +35,21 @@ class Rule(str, Enum):
     krum = "krum"
     multi_krum = "multi-krum"
     clip = "clip"
+    exact = "exact"
+
+
+def read_rank(text: str | None) -> int | Literal["auto"] | None:
+    """`--rank`: a whole number, or `auto`.
+
+    Raises:
+        FedrotError: it is neither.
+    """
+    if text is None or text == "auto":
+        return cast('Literal["auto"] | None', text)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise FedrotError(f"--rank must be a whole number or auto, got {text!r}") from error
 
 
 def read_lam(text: str) -> float | str:
@@ -75,32 +91,57 @@ def aggregate(
         ),
     ] = None,
     rule: Annotated[
-        Rule, typer.Option(help="How they are combined; all but mean withstand bad ones.")
-    ] = Rule.mean,
+        Rule | None,
+        typer.Option(
+            help="How they are combined: mean of the aligned ones, or what withstands bad ones; "
+            "exact: the best approximation of the exact mean, nothing is rotated. Mean if not "
+            "given, exact with --rank auto.",
+            show_default=False,
+        ),
+    ] = None,
     attackers: Annotated[
         int, typer.Option(help="How many bad ones to withstand: trimmed, krum, multi-krum.")
     ] = 1,
     rank: Annotated[
-        int | None, typer.Option(help="Pad the reference to this rank first.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Pad the reference to this rank first; with --rule exact, rank of the result; "
+            "auto: by layer the smallest that holds --energy of the exact mean.",
+            show_default=False,
+        ),
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            help="For --rank auto: share of the squared singular values; .95 if not given.",
+            show_default=False,
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings only.")] = False,
 ) -> None:
     """Align adapters to a reference and average them into one PEFT folder."""
     from fedrot import adapters
-    from fedrot.methods import FedRot, Robust
+    from fedrot.methods import FedRot, FlexLoRA, Robust
 
-    mean, turn = rule is Rule.mean, read_lam(lam)
-    proper = mean if proper is None else proper
-    method = (
-        FedRot(turn, align.value, proper)
-        if mean
-        else Robust(rule.value, attackers, lam=turn, align=align.value, proper=proper)
-    )
+    wanted = read_rank(rank)
+    rule = rule or (Rule.exact if wanted == "auto" else Rule.mean)
+    turn = read_lam(lam)
+    method: FedRot | FlexLoRA | Robust
+    if rule is Rule.exact:
+        if turn != 1.0 or align is not Align.joint or proper is not None:
+            raise FedrotError("--lam, --align and --proper are of rotations; --rule exact has none")
+        method = FlexLoRA("reference")
+    elif rule is Rule.mean:
+        method = FedRot(turn, align.value, True if proper is None else proper)
+    else:
+        method = Robust(rule.value, attackers, lam=turn, align=align.value, proper=bool(proper))
     adapters.check_distinct(clients)
     adapters.check_output(output, [*clients, *([reference] if reference else [])], force)
     parsed = adapters.parse_weights(weights, clients)
-    merged = adapters.aggregate(clients, reference, weights=parsed, method=method, rank=rank)
+    merged = adapters.aggregate(
+        clients, reference, weights=parsed, method=method, rank=wanted, energy=energy
+    )
     merged.save(output, force=force)
 
     for note in merged.notes:
@@ -109,8 +150,8 @@ def aggregate(
         _report(merged, method, output, reference is None)
 
 
-def _report(merged: Merged, method: FedRot | Robust, output: Path, first: bool) -> None:
-    from fedrot.methods import Robust
+def _report(merged: Merged, method: FedRot | FlexLoRA | Robust, output: Path, first: bool) -> None:
+    from fedrot.methods import FedRot
     from fedrot.metrics import total
 
     if merged.distances is not None:
@@ -120,25 +161,27 @@ def _report(merged: Merged, method: FedRot | Robust, output: Path, first: bool) 
     ranks = ", ".join(str(rank) for rank in sorted({layer.rank for layer in layers}))
     summary = measured.summary()
     of = " (the first client; choose another with --reference)" if first else ""
-    lam = method.lam if isinstance(method.lam, str) else f"{method.lam:g}"
-    rule = f"{method.rule}, " if isinstance(method, Robust) else ""
-    how = f"{rule}lam {lam}, align {method.align}"
+    energy = []
+    if spectrum := merged.spectrum and merged.spectrum.summary():
+        asked, kept = (f"{100 * spectrum[key]:.4g} %" for key in ("energy", "kept"))
+        energy = [("energy kept", f"{kept}, at least {asked} in each layer")]
     rows = [
         ("clients", str(len(uploads.adapters))),
         ("reference", f"{uploads.target.source}{of}"),
         ("layers", f"{len(layers)} of rank {ranks}"),
+        *energy,
         ("mean rotation", f"{summary['mean_angle']:.1f} degrees from the reference"),
         ("error, plain average", error_text(summary["error_plain"], summary["relative_plain"])),
         (
             f"error, {method.name}",
-            f"{error_text(summary['error_aligned'], summary['relative_aligned'])}, {how}",
+            f"{error_text(summary['error_aligned'], summary['relative_aligned'])}, {_how(method)}",
         ),
         ("written", str(output)),
     ]
     for name, value in rows:
         typer.echo(f"{name:<22}{value}")
     norm, plain, aligned = (total(e) for e in (measured.norm, measured.plain, measured.aligned))
-    if not isinstance(method, Robust) and aligned > plain + 1e-4 * norm:  # more than rounding
+    if isinstance(method, FedRot) and aligned > plain + 1e-4 * norm:  # more than rounding
         message = "note: aligning increased the error on these adapters; --lam 0 averages plainly"
         typer.echo(message, err=True)
 
@@ -156,6 +199,16 @@ def _report_kind(merged: Merged, output: Path, first: bool) -> None:
         ("written", str(output)),
     ):
         typer.echo(f"{name:<22}{value}")
+
+
+def _how(method: FedRot | FlexLoRA | Robust) -> str:
+    from fedrot.methods import FlexLoRA, Robust
+
+    if isinstance(method, FlexLoRA):
+        return "the least of any adapter of this rank"
+    lam = method.lam if isinstance(method.lam, str) else f"{method.lam:g}"
+    rule = f"{method.rule}, " if isinstance(method, Robust) else ""
+    return f"{rule}lam {lam}, align {method.align}"
 
 
 def error_text(error: float | None, relative: float | None) -> str:

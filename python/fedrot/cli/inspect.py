@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedrot.cli._run import user_errors
-from fedrot.cli.aggregate import Align, error_text, read_lam
+from fedrot.cli.aggregate import Align, error_text, read_lam, read_rank
 from fedrot.errors import FedrotError
 
 if TYPE_CHECKING:
-    from fedrot.adapters import Adapter, Misalignment, Uploads
+    from fedrot.adapters import Adapter, Misalignment, Spectrum, Uploads
+
+BARS = 16  # singular values in the terminal
 
 
 @user_errors
@@ -35,7 +38,23 @@ def inspect(
     ] = "1.0",
     align: Annotated[Align, typer.Option(help="Factors the rotation is fitted to.")] = Align.joint,
     rank: Annotated[
-        int | None, typer.Option(help="Pad the reference to this rank first.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Pad the reference to this rank first; auto: show the singular values of the "
+            "exact mean, and the ranks that hold --energy of it.",
+            show_default=False,
+        ),
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            help="For --rank auto: share of the squared singular values; .95 if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="For --rank auto: a PNG to draw them into.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -43,6 +62,10 @@ def inspect(
     from fedrot import adapters
     from fedrot.methods import FedRot
 
+    wanted = read_rank(rank)
+    for name, value in (("--energy", energy), ("--plot", plot)):
+        if value is not None and wanted != "auto":
+            raise FedrotError(f"{name} is for --rank auto, got {name} {value} without it")
     method = FedRot(read_lam(lam), align.value)
     adapters.check_distinct(folders)
     parsed = adapters.parse_weights(weights, folders)
@@ -53,14 +76,26 @@ def inspect(
             raise FedrotError(
                 f"{adapter.source}: {adapter.kind.title} has no LoRA factors to inspect"
             )
-    uploads = measured = None
-    if reference is not None or len(read) > 1:
-        uploads = adapters.gather(read, ref, parsed, rank)
+    several = reference is not None or len(read) > 1
+    uploads = measured = spectrum = None
+    if several or wanted == "auto":
+        # A spectrum has no need of one rank, nor of one that is large enough.
+        uploads = adapters.gather(read, ref, parsed, {} if wanted == "auto" else wanted)
+    if uploads and several:
         measured = adapters.measure(uploads, method)
+    if uploads and wanted == "auto":
+        spectrum = adapters.measure_spectrum(uploads, energy)
+    if spectrum and plot:
+        from fedrot.files import new_file
+        from fedrot.report.plots import spectrum as drawn
+
+        values = {name: v.tolist() for name, v in spectrum.values.items()}
+        with new_file(plot) as fresh:
+            fresh.write_bytes(drawn(values, spectrum.ranks, spectrum.energy))
     if as_json:
-        typer.echo(json.dumps(_as_json(read, uploads, measured), indent=2))
+        typer.echo(json.dumps(_as_json(read, uploads, measured, spectrum), indent=2))
     else:
-        _show(read, uploads, measured)
+        _show(read, uploads, measured, spectrum)
 
 
 def _layer_rows(adapter: Adapter) -> list[dict[str, Any]]:
@@ -82,7 +117,10 @@ def _layer_rows(adapter: Adapter) -> list[dict[str, Any]]:
 
 
 def _as_json(
-    read: list[Adapter], uploads: Uploads | None, measured: Misalignment | None
+    read: list[Adapter],
+    uploads: Uploads | None,
+    measured: Misalignment | None,
+    spectrum: Spectrum | None,
 ) -> dict[str, Any]:
     result: dict[str, Any] = {
         "adapters": [{"path": a.source, "layers": _layer_rows(a)} for a in read]
@@ -104,11 +142,29 @@ def _as_json(
             }
             for name in names
         }
+    if spectrum is not None:
+        result["spectrum"] = {
+            "energy": spectrum.energy,
+            "kept": spectrum.kept(spectrum.ranks),
+            "layers": {
+                name: {
+                    "rank": rank,
+                    "kept": spectrum.kept({name: rank}),
+                    "singular_values": spectrum.values[name].tolist(),
+                }
+                for name, rank in spectrum.ranks.items()
+            },
+        }
     return result
 
 
-def _show(read: list[Adapter], uploads: Uploads | None, measured: Misalignment | None) -> None:
-    """One table of layers for each different layout, then the misalignment."""
+def _show(
+    read: list[Adapter],
+    uploads: Uploads | None,
+    measured: Misalignment | None,
+    spectrum: Spectrum | None,
+) -> None:
+    """One table of layers for each different layout, then the misalignment and the spectrum."""
     from rich.console import Console
 
     console = Console()
@@ -123,12 +179,13 @@ def _show(read: list[Adapter], uploads: Uploads | None, measured: Misalignment |
             layouts.append((rows, [adapter]))
     for rows, same in layouts:
         console.print(_layout_table(rows, same))
-    if uploads is None or measured is None:
-        return
-    for note in uploads.notes:
+    for note in uploads.notes if uploads else ():
         typer.echo(f"note: {note}", err=True)
-    console.print(_client_table(uploads, measured))
-    console.print(_error_table(uploads, measured))
+    if uploads and measured:
+        console.print(_client_table(uploads, measured))
+        console.print(_error_table(uploads, measured))
+    if spectrum:
+        console.print(_spectrum_table(spectrum))
 
 
 def _layout_table(rows: list[dict[str, Any]], same: list[Adapter]) -> Any:
@@ -177,6 +234,30 @@ def _error_table(uploads: Uploads, measured: Misalignment) -> Any:
         error_text(total["error_plain"], total["relative_plain"]),
         error_text(total["error_aligned"], total["relative_aligned"]),
     )
+    return table
+
+
+def _spectrum_table(spectrum: Spectrum) -> Any:
+    """The rank of each layer, what it and the powers of two up to the largest keep, and the first
+    singular values as bars beside the largest."""
+    largest, powers = max(spectrum.ranks.values()), [1]
+    while powers[-1] < largest:
+        powers.append(2 * powers[-1])
+    title = f"spectrum of the exact mean; to keep: {100 * spectrum.energy:.4g} %"
+    table = _table(title, "layer", "rank", "kept", *(f"at {n}" for n in powers), "values")
+
+    def shares(ranks: dict[str, int]) -> list[str]:
+        cuts = [ranks, *(dict.fromkeys(ranks, power) for power in powers)]
+        # Rounded down, so that 100 % is all.
+        return [f"{math.floor(1000 * spectrum.kept(cut)) / 10:.1f} %" for cut in cuts]
+
+    for name, rank in spectrum.ranks.items():
+        values = spectrum.values[name].tolist()[:BARS]
+        bars = "".join("▁▂▃▄▅▆▇█"[math.ceil(8 * v / values[0]) - 1] for v in values)
+        table.add_row(name, str(rank), *shares({name: rank}), bars)
+    table.columns[-1].justify = "left"
+    table.add_section()
+    table.add_row("all", "", *shares(spectrum.ranks), "")
     return table
 
 

@@ -41,13 +41,15 @@ class Method(ABC):
 
     Class attributes say what goes together with what: ``folds``, the difference between the exact
     average and the aggregate goes into the frozen weights; ``personal``, every client keeps its
-    ``B``; ``same_A``, factors mean nothing unless all clients hold one ``A``.
+    ``B``; ``same_A``, factors mean nothing unless all clients hold one ``A``; ``truncates``,
+    clients may have a larger rank than the reference.
     """
 
     name: ClassVar[str]
     folds: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     same_A: ClassVar[bool] = False
+    truncates: ClassVar[bool] = False
 
     @property
     def steady_basis(self) -> bool:
@@ -81,7 +83,7 @@ class Method(ABC):
 
         Args:
             uploads: one :class:`Factors` per client, the layers of ``reference``; a client may
-                have a smaller rank.
+                have a smaller rank, and a larger one where the method ``truncates``.
             reference: the global factors from which the clients started the round.
             weights: ``(N,)``, non-negative; ``None`` is uniform.
             round: number of the round, from 0.

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fedrot.factors import Factors
-from fedrot.methods.base import Method, average, drawing, in_rspace, stacked
+from fedrot.methods.base import Method, arguments, average, drawing, in_rspace, stacked, wide
 from fedrot_kernels import rspace
+from fedrot_kernels.ops import check_weight_values, check_weights
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,12 @@ class FlexLoRA(Method):
     values; they are sorted, so a client of smaller rank starts from the best approximation of its
     own rank. ``gauge="reference"``: the same product, rotated to the reference and with its ratio
     of norms, so that momentum and factors of clients that sat out still fit.
+
+    Clients may have any rank; r is the reference's, in each layer.
     """
 
     name: ClassVar[str] = "FlexLoRA"
+    truncates: ClassVar[bool] = True
 
     gauge: str = "singular"
 
@@ -47,13 +51,22 @@ class FlexLoRA(Method):
         round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Factors:
-        if self.gauge == "reference":
+        lora_A, *_ = arguments(uploads, reference)  # checks the layers
+        check_weights(weights, len(uploads), lora_A[0].device)
+        check_weight_values(weights, len(uploads))
+        if self.gauge == "singular":
+            return _singular(uploads, reference, weights)
+        ranks = {m: max(u.A[m].shape[0] for u in uploads) for m in reference.A}
+        if all(A.shape[0] == ranks[m] for m, A in reference.A.items()):
             return in_rspace(uploads, reference, weights, rspace.truncation)
-        A, B = {}, {}
-        for module, like in reference.A.items():
-            A_r, B_r = truncation(*stacked(uploads, module, weights), rank=like.shape[0])
-            A[module], B[module] = A_r.to(like.dtype), B_r.to(like.dtype)
-        return Factors(A, B)
+        # Gram blocks have the rank of the reference. A larger client does not fit in, and many
+        # smaller ones fill them with zeros: let the truncation stand for all clients as one.
+        like = Factors(*({m: wide(t) for m, t in f.items()} for f in (reference.A, reference.B)))
+        one = in_rspace([_singular(uploads, like, weights)], like, None, rspace.truncation)
+        return Factors(
+            {m: one.A[m].to(A.dtype) for m, A in reference.A.items()},
+            {m: one.B[m].to(B.dtype) for m, B in reference.B.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,15 @@ class FLoRA(Method):
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
             A[module] = drawn.to(like.device)
         return Factors(A, {module: torch.zeros_like(B) for module, B in reference.B.items()})
+
+
+def _singular(uploads: Sequence[Factors], like: Factors, weights: Tensor | None) -> Factors:
+    """The truncation of every layer, of the rank and in the dtype of ``like``."""
+    A, B = {}, {}
+    for module, A_like in like.A.items():
+        A_r, B_r = truncation(*stacked(uploads, module, weights), rank=A_like.shape[0])
+        A[module], B[module] = A_r.to(A_like.dtype), B_r.to(A_like.dtype)
+    return Factors(A, B)
 
 
 def truncation(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -136,6 +136,36 @@ def grouped_bars(
         return png_bytes(figure)
 
 
+def spectrum(
+    values: Mapping[str, Sequence[float]],
+    ranks: Mapping[str, int],
+    energy: float,
+    theme: str = "light",
+) -> bytes:
+    """Singular values of every layer beside its largest, and the share of the squares that a rank
+    keeps; a dot at the rank chosen."""
+    with themed_figure(theme, 2, width=9.6) as (figure, (left, right)):
+        for name, row in values.items():
+            if not row:
+                continue  # an update of zero
+            share, squares = np.array(row) / row[0], np.square(row)
+            kept, x = np.cumsum(squares) / squares.sum(), np.arange(1, len(row) + 1)
+            for ax, y in ((left, share), (right, kept)):
+                ax.plot(x, y, color=COLORS[0], alpha=0.4, linewidth=1)
+                rank = min(ranks[name], len(row))
+                ax.plot(rank, y[rank - 1], "o", color=COLORS[1], markersize=4)
+        right.axhline(energy, color=PLAIN, linestyle="--", linewidth=1)
+        left.set_yscale("log")
+        left.set_ylabel("singular value beside the largest")
+        right.set_ylabel("share of the squares kept")
+        right.set_ylim(0, 1.02)
+        _title(left, f"exact mean of the adapters, {len(values)} layers")
+        for ax in (left, right):
+            ax.set_xlabel("rank")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        return png_bytes(figure)
+
+
 def _bar(
     ax: Axes,
     x: float,

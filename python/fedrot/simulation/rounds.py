@@ -240,7 +240,7 @@ def train_round(federation: Federation, server: Server, track: Track = no_progre
     seed, clients, method = config.seed, participants(config, round), config.method
     began = time.perf_counter()
     federation.frozen.set(server.merged)
-    ranks = [config.clients.rank(i) for i in clients]
+    ranks = [config.clients.rank(i, round) for i in clients]
     if config.start == "own":
         drawn = (draw_factors(model, generator(seed, "start", i + 1)) for i in clients)
         starts = [truncate(start, r) for start, r in zip(drawn, ranks, strict=True)]

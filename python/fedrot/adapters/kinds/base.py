@@ -90,6 +90,14 @@ class Kind(ABC):
                     f"other values than in the reference {reference.source}"
                 )
 
+    def check_rank(self, **options: object) -> None:
+        """Raise ``FedrotError`` for an option that chooses a rank: ``rank``, ``energy``."""
+        for option, value in options.items():
+            if value is not None:
+                raise FedrotError(
+                    f"--{option} is for LoRA factors, not for {self.title}, got {value}"
+                )
+
     def check_method(self, method: Method) -> None:
         """Raise ``FedrotError`` for a method, or an option of it, that says nothing here."""
         if isinstance(method, FedIT):
