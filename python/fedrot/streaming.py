@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedrot.factors import Factors
-from fedrot_kernels import ops
+from fedrot_kernels import checks
 from fedrot_kernels.plan import run_once
 from fedrot_kernels.tables import empty_outputs
 
@@ -75,8 +75,8 @@ class StreamingAggregator:
         self._layers = list(reference.A)
         given = list(reference.A.values()), list(reference.B.values())
         try:
-            problem = ops.check(*given, *given, None, lam, align)
-            ops.check_finite(len(self._layers), ref_A=given[0], ref_B=given[1])
+            problem = checks.check(*given, *given, None, lam, align)
+            checks.check_finite(len(self._layers), ref_A=given[0], ref_B=given[1])
         except (ValueError, TypeError) as error:
             raise self._by_name(error, "reference") from None
         self._options: dict[str, Any] = {"lam": float(lam), "align": align, "proper": bool(proper)}
@@ -279,12 +279,12 @@ class StreamingAggregator:
         """Raise what is wrong with a client, or drop it."""
         try:
             ref_A, ref_B = self._reference
-            ops.check(lora_A, lora_B, ref_A, ref_B, None, 0.0, "joint")
+            checks.check(lora_A, lora_B, ref_A, ref_B, None, 0.0, "joint")
         except (ValueError, TypeError) as found:
             raise self._by_name(found, name) from None
         # So it is the values; on a GPU only the result has been looked at.
         try:
-            ops.check_finite(len(self._layers), lora_A=lora_A, lora_B=lora_B)
+            checks.check_finite(len(self._layers), lora_A=lora_A, lora_B=lora_B)
         except ValueError as found:
             error = found
         error = self._by_name(error, name)
@@ -363,4 +363,4 @@ def _check_finite(tensors: list[Tensor]) -> None:
     """One wait for the device, not one a tensor."""
     largest = torch._foreach_norm(tensors, ord=float("inf"))
     if not bool(torch.isfinite(torch.stack(largest)).all()):
-        raise ValueError(ops.OVERFLOW)
+        raise ValueError(checks.OVERFLOW)
