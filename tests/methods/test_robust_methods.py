@@ -203,7 +203,7 @@ def test_bounds_of_the_stream():
         with pytest.raises(ValueError, match="bound must be positive"):
             StreamingAggregator(REFERENCE, bound=bound)
     one, other = (streamed(CLIENTS, REFERENCE, [1.0] * 5, bound=b) for b in (1.0, 2.0))
-    with pytest.raises(ValueError, match="same options.*'bound': 1.0.*'bound': 2.0"):
+    with pytest.raises(ValueError, match=r"same options.*'bound': 1\.0.*'bound': 2\.0"):
         one.merge(other)
     with pytest.raises(ValueError, match="same reference and options"):
         one.load_state_dict(other.state_dict())
