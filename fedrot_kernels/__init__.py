@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fedrot_kernels import backends, rspace
-from fedrot_kernels.ops import ALIGN_MODES, align, align_aggregate, combine, gram, polar
+from fedrot_kernels.checks import ALIGN_MODES
+from fedrot_kernels.ops import align, align_aggregate, combine, gram, polar
 from fedrot_kernels.plan import Plan
 
 __all__ = [

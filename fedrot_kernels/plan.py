@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fedrot_kernels import ops
+from fedrot_kernels import checks
 from fedrot_kernels.tables import empty_outputs
 
 
@@ -157,7 +157,7 @@ class Plan:
             ValueError, TypeError: as :class:`Plan`, or a buffer is not 1-D, contiguous and long
                 enough; the message names the client.
         """
-        shapes = ops.check(ref_A, ref_B, ref_A, ref_B, None, lam, align).shapes
+        shapes = checks.check(ref_A, ref_B, ref_A, ref_B, None, lam, align).shapes
         if offsets is None:
             sizes = [size for d, k, r in shapes for size in (r * k, d * r)]
             starts = list(itertools.accumulate(sizes, initial=0))
@@ -204,10 +204,10 @@ class Plan:
 
     def _prepare(self, factors, weights, lam, align, proper, out, flat) -> None:
         lora_A, lora_B, ref_A, ref_B = given = [list(tensors) for tensors in factors]
-        problem = ops.check(lora_A, lora_B, ref_A, ref_B, weights, lam, align)
+        problem = checks.check(lora_A, lora_B, ref_A, ref_B, weights, lam, align)
         for name, tensors in zip(NAMES, given, strict=True):
             for index, t in enumerate(tensors):
-                _check_memory(name, ops.place(name, index, problem.layers), t)
+                _check_memory(name, checks.place(name, index, problem.layers), t)
         if out is None:
             self.A, self.B = empty_outputs(ref_A, ref_B)
         else:
@@ -314,7 +314,7 @@ def _kind(t: Tensor) -> str:
     return f"{type(t).__name__}, {t.layout}" + (", a negative view" if t.is_neg() else "")
 
 
-def _check_outputs(problem: ops.Problem, A: list[Tensor], B: list[Tensor]) -> None:
+def _check_outputs(problem: checks.Problem, A: list[Tensor], B: list[Tensor]) -> None:
     shapes_A = [(r, k) for _, k, r in problem.shapes]
     shapes_B = [(d, r) for d, _, r in problem.shapes]
     for name, tensors, shapes in (("out A", A, shapes_A), ("out B", B, shapes_B)):

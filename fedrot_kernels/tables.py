@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fedrot_kernels import ops
+from fedrot_kernels import checks
 from fedrot_kernels.native import load
 
 _cpu = load("_cpu")
@@ -34,13 +34,13 @@ def read(factors: Factors, weights: Tensor | None, lam: float, align: str) -> tu
     """Check a call; its native tables, and the factors that they point into.
 
     Raises:
-        ValueError, TypeError: as :func:`fedrot_kernels.ops.check`.
+        ValueError, TypeError: as :func:`fedrot_kernels.checks.check`.
     """
     tables = _native and _native.read(*factors)
     if tables is None:
         return _checked(factors, weights, lam, align)
-    ops.check_options(lam, align)
-    ops.check_weights(weights, tables.clients, factors[0][0].device)
+    checks.check_options(lam, align)
+    checks.check_weights(weights, tables.clients, factors[0][0].device)
     return tables, factors
 
 
@@ -48,7 +48,7 @@ def _checked(
     factors: Factors, weights: Tensor | None, lam: float, align: str
 ) -> tuple[Any, Factors]:
     """``read`` where ``check`` has to find what is wrong, or a tensor has to be copied."""
-    problem = ops.check(*factors, weights, lam, align)
+    problem = checks.check(*factors, weights, lam, align)
     lora_A, lora_B, ref_A, ref_B = map(_rows_contiguous, factors)
     factors = (lora_A, lora_B, ref_A, ref_B)
     tables = _cpu.Tables(
@@ -56,8 +56,8 @@ def _checked(
         problem.ranks,
         [[t.data_ptr() for t in tensors] for tensors in factors],
         [[t.stride(0) for t in tensors] for tensors in factors],
-        ops.DTYPES.index(problem.dtype),
-        ops.DTYPES.index(problem.out_dtype),
+        checks.DTYPES.index(problem.dtype),
+        checks.DTYPES.index(problem.out_dtype),
     )
     return tables, factors
 
@@ -76,7 +76,7 @@ def empty_outputs(ref_A: Sequence[Tensor], ref_B: Sequence[Tensor]) -> Outputs:
 def empty_rotations(factors: Factors) -> list[Tensor]:
     """What ``align`` returns for factors that are checked, not filled yet."""
     lora_A, _, ref_A, _ = factors
-    dtype = ops.accumulate_dtype(lora_A[0].dtype, ref_A[0].dtype)
+    dtype = checks.accumulate_dtype(lora_A[0].dtype, ref_A[0].dtype)
     ranks = [t.shape[0] for t in ref_A] * (len(lora_A) // len(ref_A))
     return [
         torch.empty(A.shape[0], r, dtype=dtype, device=A.device)

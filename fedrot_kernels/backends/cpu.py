@@ -7,8 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from fedrot_kernels.native import load
-from fedrot_kernels.ops import (
+from fedrot_kernels.checks import (
     ALIGN_MODES,
     NOT_COMBINED,
     OVERFLOW,
@@ -17,8 +16,9 @@ from fedrot_kernels.ops import (
     check_mix,
     check_polar,
     check_weight_values,
-    implement,
 )
+from fedrot_kernels.native import load
+from fedrot_kernels.ops import implement
 from fedrot_kernels.plan import Flat
 from fedrot_kernels.plan import implement as implement_plan
 from fedrot_kernels.tables import Factors, empty_outputs, empty_rotations, outputs, read

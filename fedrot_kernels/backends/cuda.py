@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedrot_kernels.backends import matmul
 from fedrot_kernels.backends.gpu import Layout
-from fedrot_kernels.ops import DTYPES, accumulate_dtype, check_polar, implement
+from fedrot_kernels.checks import DTYPES, accumulate_dtype, check_polar
+from fedrot_kernels.ops import implement
 from fedrot_kernels.plan import Flat
 from fedrot_kernels.plan import implement as implement_plan
 from fedrot_kernels.tables import Factors, empty_outputs

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedrot_kernels.checks import ALIGN_MODES, accumulate_dtype
 from fedrot_kernels.native import load
-from fedrot_kernels.ops import ALIGN_MODES, accumulate_dtype
 from fedrot_kernels.plan import Flat
 from fedrot_kernels.tables import Factors, empty_rotations, outputs, read
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedrot_kernels.ops import check, check_mix, implement
+from fedrot_kernels.checks import check, check_mix
+from fedrot_kernels.ops import implement
 
 
 def gram(lora_A, lora_B, ref_A, ref_B) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedrot_kernels.ops import (
+from fedrot_kernels.checks import (
     NOT_COMBINED,
     OVERFLOW,
     accumulate_dtype,
@@ -20,8 +20,8 @@ from fedrot_kernels.ops import (
     check_mix,
     check_polar,
     check_weight_values,
-    implement,
 )
+from fedrot_kernels.ops import implement
 
 
 def covariance(A: Tensor, B: Tensor, ref_A: Tensor, ref_B: Tensor, align: str) -> Tensor:

@@ -16,7 +16,8 @@ from fedrot_kernels.backends import matmul, reference
 from fedrot_kernels.backends.gpu import Layout
 from fedrot_kernels.backends.triton_factors import apply_kernel, covariance_kernel
 from fedrot_kernels.backends.triton_rotation import polar_kernel, rotation_kernel
-from fedrot_kernels.ops import accumulate_dtype, check_polar, implement
+from fedrot_kernels.checks import accumulate_dtype, check_polar
+from fedrot_kernels.ops import implement
 from fedrot_kernels.plan import Flat, ThroughOperator
 from fedrot_kernels.plan import Runner as AnyRunner
 from fedrot_kernels.plan import implement as implement_plan

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fedrot_kernels.ops import check
+from fedrot_kernels.checks import check
 from fedrot_kernels.rspace.blocks import Blocks, spectrum
 from fedrot_kernels.rspace.rotations import check_options, rotations
 

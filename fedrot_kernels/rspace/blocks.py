@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedrot_kernels.ops import check_weight_values, check_weights
+from fedrot_kernels.checks import check_weight_values, check_weights
 
 
 @dataclass(frozen=True)

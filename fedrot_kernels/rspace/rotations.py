@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedrot_kernels.ops import ALIGN_MODES
+from fedrot_kernels.checks import ALIGN_MODES
 from fedrot_kernels.rspace.blocks import Blocks, Point, times
 
 ALIGN = (*ALIGN_MODES, "gpa", "optimal")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from fedrot.factors import Factors
 from fedrot.streaming import StreamingAggregator, check_total
-from fedrot_kernels import ops
+from fedrot_kernels import checks
 
 
 def align_aggregate(
@@ -62,7 +62,7 @@ def align_aggregate(
         for client, weight in uploads:
             aggregator.accept(client, weight)
         first = next(iter(reference.A.values()))
-        mean = aggregator.mean(ops.accumulate_dtype(first.dtype))
+        mean = aggregator.mean(checks.accumulate_dtype(first.dtype))
         flat = torch.cat([t.flatten() for t in mean]).to(_reachable(first.device, group))
         agreement = bytes(aggregator.fingerprint().tolist()), flat.device.type
         report = _Report(agreement, aggregator.weight, aggregator.clients)

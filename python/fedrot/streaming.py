@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedrot.factors import Factors
-from fedrot_kernels import ops
+from fedrot_kernels import checks
 from fedrot_kernels.plan import run_once
 from fedrot_kernels.tables import empty_outputs
 
@@ -48,6 +48,9 @@ class StreamingAggregator:
         nonfinite: what becomes of a client with values that are not finite, or whose aligned
             factors overflow: ``"raise"`` a ``ValueError``, or ``"drop"`` it with a
             ``RuntimeWarning`` that names it.
+        bound: a client that changes the reference by more, over all layers together and after its
+            rotation, is shortened to this (norm clipping, arXiv 1911.07963), as by the method
+            ``robust`` with ``rule="clip"``. Infinity: none is.
 
     One thread at a time; threads and processes take an aggregator each, and :meth:`merge`.
 
@@ -67,20 +70,23 @@ class StreamingAggregator:
         align: str = "joint",
         proper: bool = True,
         nonfinite: str = "raise",
+        bound: float = math.inf,
     ) -> None:
         if nonfinite not in ("raise", "drop"):
             raise ValueError(f"nonfinite must be raise or drop, got {nonfinite!r}")
+        if not bound > 0:
+            raise ValueError(f"bound must be positive, got {bound}")
         if not reference.A:
             raise ValueError("reference: there must be at least one layer")
         self._layers = list(reference.A)
         given = list(reference.A.values()), list(reference.B.values())
         try:
-            problem = ops.check(*given, *given, None, lam, align)
-            ops.check_finite(len(self._layers), ref_A=given[0], ref_B=given[1])
+            problem = checks.check(*given, *given, None, lam, align)
+            checks.check_finite(len(self._layers), ref_A=given[0], ref_B=given[1])
         except (ValueError, TypeError) as error:
             raise self._by_name(error, "reference") from None
         self._options: dict[str, Any] = {"lam": float(lam), "align": align, "proper": bool(proper)}
-        self._nonfinite = nonfinite
+        self._nonfinite, self._bound = nonfinite, float(bound)
         self._dtype = problem.out_dtype
         # The operator rounds its result to the dtype of the reference. Here that would be once a
         # client, so the reference is widened to what is accumulated in.
@@ -142,6 +148,8 @@ class StreamingAggregator:
         except (ValueError, TypeError) as error:
             self._refuse(lora_A, lora_B, error, name)
             return False
+        if self._bound < math.inf:
+            _clip([*A, *B], self._like(), self._bound)
         self._total.add([*A, *B], weight)
         self._clients += 1
         return True
@@ -155,10 +163,9 @@ class StreamingAggregator:
                 :meth:`load_state_dict`. The aggregator is then as it was.
         """
         if isinstance(other, StreamingAggregator):
-            if other._options != self._options:
-                raise ValueError(
-                    f"aggregators must have the same options, got {self._options}, {other._options}"
-                )
+            mine, theirs = ({**a._options, "bound": a._bound} for a in (self, other))
+            if theirs != mine:
+                raise ValueError(f"aggregators must have the same options, got {mine}, {theirs}")
             other = other.state_dict()
         mean, weight, clients, dropped = self._read(other)
         if not math.isfinite(self.weight + weight):
@@ -203,7 +210,8 @@ class StreamingAggregator:
         """``(32,)`` uint8 on the CPU: SHA-256 of reference and options. What agrees in it can be
         merged, also across processes."""
         if self._fingerprint is None:
-            digest = hashlib.sha256(repr((self._layers, sorted(self._options.items()))).encode())
+            options = [*sorted(self._options.items()), ("bound", self._bound)]
+            digest = hashlib.sha256(repr((self._layers, options)).encode())
             for t in self._like():
                 digest.update(repr((t.dtype, tuple(t.shape))).encode())
                 digest.update(t.cpu().contiguous().numpy().data)
@@ -279,12 +287,12 @@ class StreamingAggregator:
         """Raise what is wrong with a client, or drop it."""
         try:
             ref_A, ref_B = self._reference
-            ops.check(lora_A, lora_B, ref_A, ref_B, None, 0.0, "joint")
+            checks.check(lora_A, lora_B, ref_A, ref_B, None, 0.0, "joint")
         except (ValueError, TypeError) as found:
             raise self._by_name(found, name) from None
         # So it is the values; on a GPU only the result has been looked at.
         try:
-            ops.check_finite(len(self._layers), lora_A=lora_A, lora_B=lora_B)
+            checks.check_finite(len(self._layers), lora_A=lora_A, lora_B=lora_B)
         except ValueError as found:
             error = found
         error = self._by_name(error, name)
@@ -363,4 +371,13 @@ def _check_finite(tensors: list[Tensor]) -> None:
     """One wait for the device, not one a tensor."""
     largest = torch._foreach_norm(tensors, ord=float("inf"))
     if not bool(torch.isfinite(torch.stack(largest)).all()):
-        raise ValueError(ops.OVERFLOW)
+        raise ValueError(checks.OVERFLOW)
+
+
+def _clip(tensors: list[Tensor], reference: list[Tensor], bound: float) -> None:
+    """Shorten what all tensors together differ from the reference by to the bound; in place."""
+    torch._foreach_sub_(tensors, reference)
+    norms = torch.stack(torch._foreach_norm(tensors, dtype=torch.float64))
+    # Where the length is 0 there is nothing to shorten.
+    torch._foreach_mul_(tensors, (bound / norms.norm()).clamp(max=1).to(tensors[0].dtype))
+    torch._foreach_add_(tensors, reference)

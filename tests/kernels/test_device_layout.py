@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from problems import planted
 
 from fedrot_kernels.backends import gpu
-from fedrot_kernels.ops import ALIGN_MODES
+from fedrot_kernels.checks import ALIGN_MODES
 from fedrot_kernels.plan import Flat
 
 LAYER = ["d", "k", "r", "ref_A", "ref_A_stride", "ref_B", "ref_B_stride"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from problems import planted
 
 from fedrot_kernels import tables
-from fedrot_kernels.ops import check
+from fedrot_kernels.checks import check
 
 op = torch.ops.fedrot
 SHAPES = [(9, 14, 4), (31, 8, 2)]

@@ -9,6 +9,7 @@ from fedrot.factors import Factors, truncate
 from fedrot.gauge import regauge
 from fedrot.methods import FedRot, Robust
 from fedrot.methods.robust import krum, product_distances, trimmed_mean
+from fedrot.streaming import StreamingAggregator
 
 RULES = {
     "median": Robust("median"),
@@ -172,6 +173,40 @@ def test_clip_with_a_client_that_did_not_move():
     assert out.B["m"].item() == 1.0  # the median length is 0: nobody moves
     torch.testing.assert_close(trimmed_mean(torch.tensor([4.0, 1, 9, 2]), 1), torch.tensor(3.0))
     assert krum([scalar(1.0)] * 4, REFERENCE, 1) == [0, 1, 2, 3]
+
+
+def streamed(uploads, reference, weights, **options) -> StreamingAggregator:
+    aggregator = StreamingAggregator(reference, lam=1.0, **options)
+    for client, weight in zip(uploads, weights, strict=True):
+        aggregator.accept(client, weight)
+    return aggregator
+
+
+def test_clip_streams():
+    by_hand = streamed(CLIENTS, REFERENCE, [1.0] * 5, bound=0.25).finish()
+    assert by_hand.B["m"].item() == pytest.approx(1.2)  # changes 1, .5, 1.5, 0, 99
+    reference, uploads = federation()
+    weights = torch.arange(1.0, 11.0)
+    for proper in (True, False):
+        clip = Robust("clip", bound=1.0, proper=proper)
+        expected = clip.aggregate(uploads, reference, weights)
+        out = streamed(uploads, reference, weights, bound=1.0, proper=proper).finish()
+        plain = streamed(uploads, reference, weights, proper=proper).finish()
+        for side in ("A", "B"):
+            for module, t in getattr(expected, side).items():
+                torch.testing.assert_close(getattr(out, side)[module], t, atol=1e-5, rtol=1e-5)
+                assert (getattr(plain, side)[module] - t).abs().max() > 0.01
+
+
+def test_bounds_of_the_stream():
+    for bound in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="bound must be positive"):
+            StreamingAggregator(REFERENCE, bound=bound)
+    one, other = (streamed(CLIENTS, REFERENCE, [1.0] * 5, bound=b) for b in (1.0, 2.0))
+    with pytest.raises(ValueError, match=r"same options.*'bound': 1\.0.*'bound': 2\.0"):
+        one.merge(other)
+    with pytest.raises(ValueError, match="same reference and options"):
+        one.load_state_dict(other.state_dict())
 
 
 def test_what_is_refused():

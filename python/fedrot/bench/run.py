@@ -15,7 +15,7 @@ from fedrot.bench.cases import SHORT, Case, select, sweeps
 from fedrot.bench.floor import Limits
 from fedrot.files import new_file, write_json
 from fedrot.tasks.base import Track
-from fedrot_kernels.ops import ALIGN_MODES, DTYPES
+from fedrot_kernels.checks import ALIGN_MODES, DTYPES
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 SHORT_COLD = 512 * 2**20  # bytes; filling more takes the short mode too long

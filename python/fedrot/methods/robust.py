@@ -17,7 +17,7 @@ from torch import Tensor
 from fedrot.factors import Factors
 from fedrot.methods.base import Method, arguments, average, wide
 from fedrot_kernels import ALIGN_MODES, rspace
-from fedrot_kernels.ops import check_weight_values, check_weights
+from fedrot_kernels.checks import check_weight_values, check_weights
 
 RULES = ("median", "trimmed", "krum", "multi-krum", "clip")
 
