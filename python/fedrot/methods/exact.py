@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from fedrot.factors import Factors
 from fedrot.methods.base import Method, arguments, average, drawing, in_rspace, stacked, wide
 from fedrot_kernels import rspace
-from fedrot_kernels.ops import check_weight_values, check_weights
+from fedrot_kernels.checks import check_weight_values, check_weights
 
 
 @dataclass(frozen=True)
