@@ -186,6 +186,7 @@ def test_a_robust_rule_leaves_out_the_bad_one(tmp_path):
     for rule in ("median", "krum", "multi-krum"):
         code, stdout, _ = fedrot(*args, "--rule", rule, "--force")
         assert code == 0 and f"{rule}, lam 1, align joint" in stdout
+        assert "error, Robust FedRot-LoRA " in stdout
         product = read(out)[KEY_B] @ read(out)[KEY_A]
         torch.testing.assert_close(product, read(good)[KEY_B] @ read(good)[KEY_A])
     made = json.loads((out / "fedrot_provenance.json").read_text())["method"]

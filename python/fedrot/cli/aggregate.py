@@ -178,8 +178,7 @@ def _report(merged: Merged, method: FedRot | FlexLoRA | Robust, output: Path, fi
         ),
         ("written", str(output)),
     ]
-    for name, value in rows:
-        typer.echo(f"{name:<22}{value}")
+    _print(rows)
     norm, plain, aligned = (total(e) for e in (measured.norm, measured.plain, measured.aligned))
     if isinstance(method, FedRot) and aligned > plain + 1e-4 * norm:  # more than rounding
         message = "note: aligning increased the error on these adapters; --lam 0 averages plainly"
@@ -190,15 +189,15 @@ def _report_kind(merged: Merged, output: Path, first: bool) -> None:
     target, distances = merged.uploads.target, merged.distances
     assert target.kind is not None and distances is not None
     of = " (the first client; choose another with --reference)" if first else ""
-    for name, value in (
+    rows = [
         ("clients", str(len(merged.uploads.adapters))),
         ("reference", f"{target.source}{of}"),
         ("adapters", target.kind.title),
         ("distance, as they are", f"{distances['distance_plain']:.4g} from the reference"),
         ("distance, aligned", f"{distances['distance_aligned']:.4g}"),
         ("written", str(output)),
-    ):
-        typer.echo(f"{name:<22}{value}")
+    ]
+    _print(rows)
 
 
 def _how(method: FedRot | FlexLoRA | Robust) -> str:
@@ -209,6 +208,12 @@ def _how(method: FedRot | FlexLoRA | Robust) -> str:
     lam = method.lam if isinstance(method.lam, str) else f"{method.lam:g}"
     rule = f"{method.rule}, " if isinstance(method, Robust) else ""
     return f"{rule}lam {lam}, align {method.align}"
+
+
+def _print(rows: list[tuple[str, str]]) -> None:
+    width = max(22, *(len(name) + 1 for name, _ in rows))
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}{value}")
 
 
 def error_text(error: float | None, relative: float | None) -> str:

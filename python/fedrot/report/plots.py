@@ -156,7 +156,7 @@ def spectrum(
                 ax.plot(rank, y[rank - 1], "o", color=COLORS[1], markersize=4)
         right.axhline(energy, color=PLAIN, linestyle="--", linewidth=1)
         left.set_yscale("log")
-        left.set_ylabel("singular value beside the largest")
+        left.set_ylabel("singular value, relative to the largest")
         right.set_ylabel("share of the squares kept")
         right.set_ylim(0, 1.02)
         _title(left, f"exact mean of the adapters, {len(values)} layers")
