@@ -24,7 +24,7 @@ struct Tables {
 };
 
 // The tables of tensors that `show` can read, or nothing where any of them is not plainly as the
-// operator wants it: what is wrong, if anything, is for fedrot_kernels.checks.check to say. Says yes
+// operator wants it: what is wrong, if anything, is for `check` (checks.py) to say. Says yes
 // to no call that check refuses.
 std::optional<Tables> read(dlpack::Show show, const std::vector<void*>& lora_A,
                            const std::vector<void*>& lora_B, const std::vector<void*>& ref_A,
