@@ -16,7 +16,7 @@ namespace {
 
 // One call of parallel_for, shared by the threads that have joined it.
 struct Call {
-  const int units;
+  const int units, threads;
   const std::function<void(int, int)>& work;
   std::atomic<int> joined{0}, next{0};
   std::mutex mutex{};
@@ -25,6 +25,7 @@ struct Call {
   static void join(void* data) {
     Call& call = *static_cast<Call*>(data);
     const int thread = call.joined++;
+    if (thread >= call.threads) return;
     try {
       for (int unit; (unit = call.next++) < call.units;) call.work(unit, thread);
     } catch (...) {
@@ -35,31 +36,29 @@ struct Call {
   }
 };
 
-// body(data) on up to `threads` threads at once.
-using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
-
-void own_threads(void (*body)(void*), void* data, unsigned threads, unsigned) {
-  std::vector<std::thread> others;
-  try {
-    for (unsigned i = 1; i < threads; ++i) others.emplace_back(body, data);
-  } catch (const std::system_error&) {  // no more threads to be had: those there do the work
-  }
-  body(data);
-  for (std::thread& other : others) other.join();
-}
+const pid_t loaded_in = getpid();
 
 // PyTorch's own threads, by the entry that the OpenMP runtimes of GNU, LLVM and Intel share. After
 // an operator they go on looking for work, for milliseconds, on the processors that threads of our
-// own would need. Those of our own are used where PyTorch has no OpenMP, and in a forked child,
-// which has lost the threads that OpenMP still counts on.
-const pid_t loaded_in = getpid();
-
-Parallel parallel() {
-  static const auto openmp = [] {
+// own would need. Null where PyTorch has no OpenMP, and in a forked child, which has lost the
+// threads that OpenMP still counts on.
+using OpenMP = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+OpenMP openmp() {
+  static const auto parallel = [] {
     void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-    return reinterpret_cast<Parallel>(dlsym(torch ? torch : RTLD_DEFAULT, "GOMP_parallel"));
+    return reinterpret_cast<OpenMP>(dlsym(torch ? torch : RTLD_DEFAULT, "GOMP_parallel"));
   }();
-  return openmp && loaded_in == getpid() ? openmp : own_threads;
+  return loaded_in == getpid() ? parallel : nullptr;
+}
+
+void own_threads(Call& call) {
+  std::vector<std::thread> others;
+  try {
+    for (int i = 1; i < call.threads; ++i) others.emplace_back(&Call::join, &call);
+  } catch (const std::system_error&) {  // no more threads to be had: those there do the work
+  }
+  Call::join(&call);
+  for (std::thread& other : others) other.join();
 }
 
 }  // namespace
@@ -83,8 +82,13 @@ void parallel_for(int units, int threads, const std::function<void(int, int)>& w
     for (int unit = 0; unit < units; ++unit) work(unit, 0);
     return;
   }
-  Call call{units, work};
-  parallel()(&Call::join, &call, unsigned(threads), 0);
+  Call call{units, threads, work};
+  // 0: all that torch.set_num_threads allows, even if some find nothing to do. GNU's runtime ends
+  // the threads that a call leaves out, and PyTorch's next operator would have to make them again.
+  if (const OpenMP parallel = openmp())
+    parallel(&Call::join, &call, 0, 0);
+  else
+    own_threads(call);
   if (call.failure) std::rethrow_exception(call.failure);
 }
 

@@ -45,17 +45,20 @@ def run(script: str) -> str:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads by /proc")
-def test_threads_of_pytorch_do_the_work():
-    """Its threads still look for work after an operator: others would compete with them."""
+@pytest.mark.parametrize("clients", [3, 300])  # worth two threads, and all
+def test_threads_of_pytorch_do_the_work(clients):
+    """Its threads still look for work after an operator: others would compete with them. And none
+    is lost by a call that needs fewer."""
     counts = run(
-        "torch.set_num_threads(3)\n"
+        "torch.set_num_threads(4)\n"
         "torch.randn(1 << 22).sum()\n"
+        "A, B = torch.randn(4, 1024), torch.randn(1024, 4)\n"
         "before = len(os.listdir('/proc/self/task'))\n"
-        "torch.ops.fedrot.polar(torch.randn(2000, 16, 16))\n"
+        f"torch.ops.fedrot.align_aggregate([A] * {clients}, [B] * {clients}, [A], [B])\n"
         "print(before, len(os.listdir('/proc/self/task')))\n"
     )
     before, after = map(int, counts.split())
-    assert before >= 3 and after == before
+    assert before >= 4 and after == before
 
 
 @pytest.mark.parametrize("used_before", [True, False])
