@@ -163,7 +163,7 @@ class StreamingAggregator:
                 :meth:`load_state_dict`. The aggregator is then as it was.
         """
         if isinstance(other, StreamingAggregator):
-            mine, theirs = ({**a._options, "bound": a._bound} for a in (self, other))
+            mine, theirs = self._settings(), other._settings()
             if theirs != mine:
                 raise ValueError(f"aggregators must have the same options, got {mine}, {theirs}")
             other = other.state_dict()
@@ -210,8 +210,8 @@ class StreamingAggregator:
         """``(32,)`` uint8 on the CPU: SHA-256 of reference and options. What agrees in it can be
         merged, also across processes."""
         if self._fingerprint is None:
-            options = [*sorted(self._options.items()), ("bound", self._bound)]
-            digest = hashlib.sha256(repr((self._layers, options)).encode())
+            settings = sorted(self._settings().items())
+            digest = hashlib.sha256(repr((self._layers, settings)).encode())
             for t in self._like():
                 digest.update(repr((t.dtype, tuple(t.shape))).encode())
                 digest.update(t.cpu().contiguous().numpy().data)
@@ -262,6 +262,10 @@ class StreamingAggregator:
                 raise ValueError(f"state {key} must be non-negative and finite, got {value}")
         mean = [state[key].to(like[0].device, torch.float64) for key in keys]
         return mean, weight, int(clients), int(dropped)
+
+    def _settings(self) -> dict[str, Any]:
+        """What the mean depends on beside the reference."""
+        return {**self._options, "bound": self._bound}
 
     def _like(self) -> list[Tensor]:
         ref_A, ref_B = self._reference

@@ -38,6 +38,23 @@ class Rule(str, Enum):
     exact = "exact"
 
 
+# Options that `fedrot inspect` has, too.
+Weights = Annotated[
+    str | None, typer.Option(help="3,1 or a JSON file: a list, or an object by folder name.")
+]
+Lam = Annotated[
+    str, typer.Option(help="0: plain average, 1: whole rotation; auto: least error, by layer.")
+]
+Fitted = Annotated[Align, typer.Option(help="Factors the rotation is fitted to.")]
+Energy = Annotated[
+    float | None,
+    typer.Option(
+        help="For --rank auto: share of the squared singular values; .95 if not given.",
+        show_default=False,
+    ),
+]
+
+
 def read_rank(text: str | None) -> int | Literal["auto"] | None:
     """`--rank`: a whole number, or `auto`.
 
@@ -73,15 +90,9 @@ def aggregate(
         Path | None,
         typer.Option(help="Adapter to align to; the first client if not given."),
     ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="3,1 or a JSON file: a list, or an object by folder name."),
-    ] = None,
-    lam: Annotated[
-        str,
-        typer.Option(help="0: plain average, 1: whole rotation; auto: least error, by layer."),
-    ] = "1.0",
-    align: Annotated[Align, typer.Option(help="Factors the rotation is fitted to.")] = Align.joint,
+    weights: Weights = None,
+    lam: Lam = "1.0",
+    align: Fitted = Align.joint,
     proper: Annotated[
         bool | None,
         typer.Option(
@@ -110,13 +121,7 @@ def aggregate(
             show_default=False,
         ),
     ] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(
-            help="For --rank auto: share of the squared singular values; .95 if not given.",
-            show_default=False,
-        ),
-    ] = None,
+    energy: Energy = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings only.")] = False,
 ) -> None:
@@ -151,23 +156,29 @@ def aggregate(
 
 
 def _report(merged: Merged, method: FedRot | FlexLoRA | Robust, output: Path, first: bool) -> None:
-    from fedrot.methods import FedRot
-    from fedrot.metrics import total
-
-    if merged.distances is not None:
-        return _report_kind(merged, output, first)
-    uploads, measured = merged.uploads, merged.misalignment
-    layers = uploads.target.keys.layers.values()
-    ranks = ", ".join(str(rank) for rank in sorted({layer.rank for layer in layers}))
-    summary = measured.summary()
     of = " (the first client; choose another with --reference)" if first else ""
+    rows = [
+        ("clients", str(len(merged.uploads.adapters))),
+        ("reference", f"{merged.uploads.target.source}{of}"),
+        *(_errors(merged, method) if merged.distances is None else _distances(merged)),
+        ("written", str(output)),
+    ]
+    width = max(22, *(len(name) + 1 for name, _ in rows))
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}{value}")
+    if merged.distances is None:
+        _warn_if_worse(merged, method)
+
+
+def _errors(merged: Merged, method: FedRot | FlexLoRA | Robust) -> list[tuple[str, str]]:
+    layers = merged.uploads.target.keys.layers.values()
+    ranks = ", ".join(str(rank) for rank in sorted({layer.rank for layer in layers}))
+    summary = merged.misalignment.summary()
     energy = []
     if spectrum := merged.spectrum and merged.spectrum.summary():
         asked, kept = (f"{100 * spectrum[key]:.4g} %" for key in ("energy", "kept"))
         energy = [("energy kept", f"{kept}, at least {asked} in each layer")]
-    rows = [
-        ("clients", str(len(uploads.adapters))),
-        ("reference", f"{uploads.target.source}{of}"),
+    return [
         ("layers", f"{len(layers)} of rank {ranks}"),
         *energy,
         ("mean rotation", f"{summary['mean_angle']:.1f} degrees from the reference"),
@@ -176,28 +187,28 @@ def _report(merged: Merged, method: FedRot | FlexLoRA | Robust, output: Path, fi
             f"error, {method.name}",
             f"{error_text(summary['error_aligned'], summary['relative_aligned'])}, {_how(method)}",
         ),
-        ("written", str(output)),
     ]
-    _print(rows)
+
+
+def _distances(merged: Merged) -> list[tuple[str, str]]:
+    kind, distances = merged.uploads.target.kind, merged.distances
+    assert kind is not None and distances is not None
+    return [
+        ("adapters", kind.title),
+        ("distance, as they are", f"{distances['distance_plain']:.4g} from the reference"),
+        ("distance, aligned", f"{distances['distance_aligned']:.4g}"),
+    ]
+
+
+def _warn_if_worse(merged: Merged, method: FedRot | FlexLoRA | Robust) -> None:
+    from fedrot.methods import FedRot
+    from fedrot.metrics import total
+
+    measured = merged.misalignment
     norm, plain, aligned = (total(e) for e in (measured.norm, measured.plain, measured.aligned))
     if isinstance(method, FedRot) and aligned > plain + 1e-4 * norm:  # more than rounding
         message = "note: aligning increased the error on these adapters; --lam 0 averages plainly"
         typer.echo(message, err=True)
-
-
-def _report_kind(merged: Merged, output: Path, first: bool) -> None:
-    target, distances = merged.uploads.target, merged.distances
-    assert target.kind is not None and distances is not None
-    of = " (the first client; choose another with --reference)" if first else ""
-    rows = [
-        ("clients", str(len(merged.uploads.adapters))),
-        ("reference", f"{target.source}{of}"),
-        ("adapters", target.kind.title),
-        ("distance, as they are", f"{distances['distance_plain']:.4g} from the reference"),
-        ("distance, aligned", f"{distances['distance_aligned']:.4g}"),
-        ("written", str(output)),
-    ]
-    _print(rows)
 
 
 def _how(method: FedRot | FlexLoRA | Robust) -> str:
@@ -208,12 +219,6 @@ def _how(method: FedRot | FlexLoRA | Robust) -> str:
     lam = method.lam if isinstance(method.lam, str) else f"{method.lam:g}"
     rule = f"{method.rule}, " if isinstance(method, Robust) else ""
     return f"{rule}lam {lam}, align {method.align}"
-
-
-def _print(rows: list[tuple[str, str]]) -> None:
-    width = max(22, *(len(name) + 1 for name, _ in rows))
-    for name, value in rows:
-        typer.echo(f"{name:<{width}}{value}")
 
 
 def error_text(error: float | None, relative: float | None) -> str:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedrot.cli._run import user_errors
-from fedrot.cli.aggregate import Align, error_text, read_lam, read_rank
+from fedrot.cli.aggregate import (
+    Align,
+    Energy,
+    Fitted,
+    Lam,
+    Weights,
+    error_text,
+    read_lam,
+    read_rank,
+)
 from fedrot.errors import FedrotError
 
 if TYPE_CHECKING:
@@ -28,15 +37,9 @@ def inspect(
         Path | None,
         typer.Option(help="Adapter to compare with; the first of several if not given."),
     ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="3,1 or a JSON file: a list, or an object by folder name."),
-    ] = None,
-    lam: Annotated[
-        str,
-        typer.Option(help="0: plain average, 1: whole rotation; auto: least error, by layer."),
-    ] = "1.0",
-    align: Annotated[Align, typer.Option(help="Factors the rotation is fitted to.")] = Align.joint,
+    weights: Weights = None,
+    lam: Lam = "1.0",
+    align: Fitted = Align.joint,
     rank: Annotated[
         str | None,
         typer.Option(
@@ -45,13 +48,7 @@ def inspect(
             show_default=False,
         ),
     ] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(
-            help="For --rank auto: share of the squared singular values; .95 if not given.",
-            show_default=False,
-        ),
-    ] = None,
+    energy: Energy = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="For --rank auto: a PNG to draw them into.", show_default=False),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedrot.factors import Factors, client_major, truncate
 from fedrot_kernels import ALIGN_MODES, rspace
+from fedrot_kernels.checks import check_weight_values, check_weights
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,21 @@ def arguments(
             f"clients have layers {list(uploads[0].A)}, the reference has {list(reference.A)}"
         )
     return lora_A, lora_B, list(reference.A.values()), list(reference.B.values())
+
+
+def checked_weights(
+    uploads: Sequence[Factors], reference: Factors, weights: Tensor | None
+) -> list[float]:
+    """The weights as floats that sum to 1, uniform for ``None``, of clients with the layers of the
+    reference.
+
+    Raises:
+        ValueError, TypeError: as ``arguments``; there is not one weight for each client, or they
+            are not finite, non-negative and of a positive sum.
+    """
+    lora_A, *_ = arguments(uploads, reference)
+    check_weights(weights, len(uploads), lora_A[0].device)
+    return check_weight_values(weights, len(uploads))
 
 
 def _factors(like: Factors, result: tuple[list[Tensor], list[Tensor]]) -> Factors:

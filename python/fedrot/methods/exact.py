@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fedrot.factors import Factors
-from fedrot.methods.base import Method, arguments, average, drawing, in_rspace, stacked, wide
+from fedrot.methods.base import Method, average, checked_weights, drawing, in_rspace, stacked, wide
 from fedrot_kernels import rspace
-from fedrot_kernels.checks import check_weight_values, check_weights
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,7 @@ class FlexLoRA(Method):
         round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Factors:
-        lora_A, *_ = arguments(uploads, reference)  # checks the layers
-        check_weights(weights, len(uploads), lora_A[0].device)
-        check_weight_values(weights, len(uploads))
+        checked_weights(uploads, reference, weights)  # and the layers
         if self.gauge == "singular":
             return _singular(uploads, reference, weights)
         ranks = {m: max(u.A[m].shape[0] for u in uploads) for m in reference.A}

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from fedrot.factors import Factors
-from fedrot.methods.base import Method, arguments, average, wide
+from fedrot.methods.base import Method, arguments, average, checked_weights, wide
 from fedrot_kernels import ALIGN_MODES, rspace
-from fedrot_kernels.checks import check_weight_values, check_weights
 
 RULES = ("median", "trimmed", "krum", "multi-krum", "clip")
 
@@ -76,10 +75,8 @@ class Robust(Method):
         round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Factors:
-        lora_A, *_ = arguments(uploads, reference)  # checks the layers
-        device = lora_A[0].device
-        check_weights(weights, len(uploads), device)
-        values = check_weight_values(weights, len(uploads))
+        values = checked_weights(uploads, reference, weights)  # checks the layers, too
+        device = next(iter(reference.A.values())).device
         w = torch.tensor(values, dtype=torch.float64, device=device)
         voters = [i for i, weight in enumerate(w.tolist()) if weight > 0]
         uploads, w = [uploads[i] for i in voters], w[voters]

@@ -10,7 +10,6 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from fedrot.adapters.config import Config, check_config
 from fedrot.adapters.kinds.base import Kind, Tensors
@@ -98,7 +97,7 @@ def align(uploads: Uploads, method: Method) -> tuple[Uploads, dict[str, float]]:
     names = [key for key in target.keys.plain if kind.keys.fullmatch(key)]
     dtype = _working_dtype([*uploads.adapters, target], names)
     reference = {key: target.tensors[key].to(dtype) for key in names}
-    turn = isinstance(method, FedRot) and method.lam != 0
+    rotation = method if isinstance(method, FedRot) and method.lam != 0 else None
     adapters, notes = [], list(uploads.notes)
     plain = aligned = 0.0
     for weight, adapter in zip(uploads.weights.tolist(), uploads.adapters, strict=True):
@@ -107,8 +106,8 @@ def align(uploads: Uploads, method: Method) -> tuple[Uploads, dict[str, float]]:
             for key in names
         }
         moved, note = scaled, ""
-        if turn and isinstance(method, FedRot):
-            moved, note = kind.align(scaled, reference, target.config, method)
+        if rotation is not None:
+            moved, note = kind.align(scaled, reference, target.config, rotation)
         plain += weight * _square(scaled, reference)
         aligned += weight * _square(moved, reference)
         notes += [f"{adapter.source}: {note}"] if note else []
@@ -123,7 +122,5 @@ def _working_dtype(adapters: list[Adapter], names: list[str]) -> torch.dtype:
 
 
 def _square(ours: Tensors, theirs: Tensors) -> float:
-    def square(t: Tensor) -> float:
-        return float(t.double().square().sum())
-
-    return sum(square(ours[key].double() - theirs[key].double()) for key in theirs)
+    differences = (ours[key].double() - theirs[key].double() for key in theirs)
+    return sum(float(t.square().sum()) for t in differences)
