@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 import fedrot_kernels  # noqa: F401  (registers torch.ops.fedrot)
 from fedrot.factors import Factors, client_major
-from fedrot.methods.base import normalised
+from fedrot.methods.base import stacked
 
 
 def aggregation_error(
@@ -56,12 +56,11 @@ def singular_values(uploads: Sequence[Factors], weights: Tensor | None = None) -
     ``torch.linalg.matrix_rank``; measuring against the clients' products rather than their average
     makes an average of zero have none.
     """
-    weights = normalised(weights, len(uploads))
     values = {}
     for name, B in uploads[0].B.items():
         ranks = [u.A[name].shape[0] for u in uploads]
-        left = torch.cat([w * u.B[name].double() for w, u in zip(weights, uploads, strict=True)], 1)
-        right = torch.cat([u.A[name].double() for u in uploads])
+        layer = [Factors({name: u.A[name].double()}, {name: u.B[name].double()}) for u in uploads]
+        left, right = stacked(layer, name, weights)
         L = torch.linalg.qr(left, mode="r").R
         R = torch.linalg.qr(right.T, mode="r").R
         products = zip(L.split(ranks, 1), R.split(ranks, 1), strict=True)
