@@ -48,8 +48,9 @@ def tables(results: Results) -> list[Table]:
     ]
     out = [_by_method(results, heading, form) for heading, form in found]
     if results.experiment.tune:
-        trials = len(results.experiment.trials(results.experiment.methods[0]))
-        heading = f"Tuned options ({trials} trials a method and cell)"
+        first = results.experiment.methods[0]
+        runs = len(results.experiment.trials(first)) * results.experiment.trial_seeds(first)
+        heading = f"Tuned options ({runs} runs a method and cell)"
         out.append(_by_method(results, heading, _tuned))
     return out
 

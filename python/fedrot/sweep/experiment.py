@@ -10,9 +10,10 @@
     tune_seeds: 2
     seeds: 10
 
-Every method gets the same number of trials in every cell. Where a method lacks an axis of ``tune``
-(FedIT has no ``lam``), or fixes it itself, the trials that it would have had there go to a finer
-grid on the first axis that is left.
+Every method is tuned on the same values, with the same number of runs in every cell. Where a
+method lacks an axis of ``tune`` (FedIT has no ``lam``), or fixes it itself, the runs that it would
+have had there go to more validation seeds for each of its trials: a finer grid of learning rates
+has decided comparisons by itself.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from fedrot.config import Config
@@ -83,29 +83,16 @@ class Experiment:
         return [Cell(dict(zip(self.vary, values, strict=True))) for values in combinations]
 
     def trials(self, variant: Variant) -> list[Tree]:
-        """What to try for one method, as options by dotted key; one empty trial without ``tune``.
-
-        Raises:
-            FedrotError: no axis can take over the trials of those that the method lacks.
-        """
-        axes = {k: list(v) for k, v in self.tune.items() if tunable(variant, k)}
-        wanted = math.prod(len(v) for v in self.tune.values())
-        missing = wanted // math.prod(len(v) for v in axes.values())
-        if missing > 1:
-            for key, values in axes.items():
-                if min(values) > 0 and len(set(values)) > 1:
-                    count = len(values) * missing
-                    finer = np.geomspace(min(values), max(values), count)
-                    axes[key] = [float(f"{value:.3g}") for value in finer]
-                    break
-            else:
-                raise FedrotError(
-                    f"tune: no axis of this method has two positive values, so that it could get "
-                    f"{wanted} trials like the others"
-                )
+        """What to try for one method, options by dotted key; one empty trial without ``tune``."""
+        axes = {key: values for key, values in self.tune.items() if tunable(variant, key)}
         return [
             dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
         ]
+
+    def trial_seeds(self, variant: Variant) -> int:
+        """Validation seeds a trial of one method: all methods get the same number of runs."""
+        lacking = (len(v) for key, v in self.tune.items() if not tunable(variant, key))
+        return self.tune_seeds * math.prod(lacking)
 
     def config(self, cell: Cell, variant: Variant, trial: Tree, seed: int, tuning: bool) -> Config:
         """The configuration of one run."""

@@ -70,7 +70,7 @@ def run_experiment(
     for cell, variant in pairs:
         options = trials[variant.label]
         for index, trial in enumerate(options if len(options) > 1 else []):
-            for seed in range(experiment.tune_seeds):
+            for seed in range(experiment.trial_seeds(variant)):
                 config = experiment.config(cell, variant, trial, TUNE_SEED + seed, tuning=True)
                 folder = out / "tuning" / cell.folder / variant.folder / f"trial-{index:02d}"
                 tuning[cell.folder, variant.folder, index, seed] = Job(
@@ -84,7 +84,7 @@ def run_experiment(
         for index, trial in enumerate(trials[variant.label]):
             jobs = [
                 tuning.get((cell.folder, variant.folder, index, seed))
-                for seed in range(experiment.tune_seeds)
+                for seed in range(experiment.trial_seeds(variant))
             ]
             values = [_accuracy(found.get(job.path)) for job in jobs if job is not None]
             real = [v for v in values if v is not None]
