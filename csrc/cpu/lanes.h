@@ -35,17 +35,39 @@ inline void exchange(M where, V& x, V& y) {
   y = where ? old : y;
 }
 
+// The order of a matrix, known to the compiler or (0) not.
+template <int order>
+struct Order {
+  static constexpr int n = order;
+  explicit Order(int) {}
+};
+template <>
+struct Order<0> {
+  const int n;
+  explicit Order(int order) : n(order) {}
+};
+
+// f(integral_constant n) up to `known`, beyond it f(integral_constant 0).
+template <int known, class F>
+inline auto with_order(int n, F f) {
+  if constexpr (known > 0)
+    if (n <= known)
+      return n == known ? f(std::integral_constant<int, known>{}) : with_order<known - 1>(n, f);
+  return f(std::integral_constant<int, 0>{});
+}
+
 // lanes<T> matrices (n, n) at work.
-template <class T>
-class Lanes {
+template <class T, int order>
+class Lanes : Order<order> {
  public:
   using V = Vector<T>;
   using M = Mask<T>;
+  using Order<order>::n;
 
   static std::size_t scratch(int n) { return 4 * n * n + 3 * n; }  // vectors
 
-  Lanes(int order, V* memory)
-      : n(order),
+  Lanes(int size, V* memory)
+      : Order<order>(size),
         X(memory),
         inverse(X + n * n),
         W(inverse + n * n),
@@ -56,13 +78,9 @@ class Lanes {
 
   // X <- `count` matrices at `from`, n * n elements apart; the other lanes hold identities.
   void gather(int count, const T* from) {
-    for (int e = 0; e < n * n; ++e) {
-      T parts[lanes<T>];
-      for (int c = 0; c < lanes<T>; ++c) parts[c] = c < count ? from[c * n * n + e] : 0;
-      X[e] = load(parts);
-    }
-    for (int c = count; c < lanes<T>; ++c)
-      for (int i = 0; i < n; ++i) X[i * n + i][c] = 1;
+    for (int e = 0; e < n * n; ++e) X[e] = V{} + T(e % (n + 1) == 0);
+    for (int c = 0; c < count; ++c)
+      for (int e = 0; e < n * n; ++e) X[e][c] = from[c * n * n + e];
   }
 
   // The reverse, where `mask` says.
@@ -238,7 +256,6 @@ class Lanes {
     }
   }
 
-  const int n;
   V *X, *inverse, *W, *P, *v, *image;
   M* pivots;
 };

@@ -12,8 +12,8 @@ namespace fedrot {
 inline namespace FEDROT_ISA {
 
 // Ranks up to this go one matrix a lane, which takes a few matrices to pay. Nothing but the rank
-// may decide: a matrix must come out the same in any batch.
-constexpr int largest_lane_rank = 12;
+// may decide: a matrix must come out the same in any batch. The compiler knows the usual ones.
+constexpr int largest_lane_rank = 12, largest_known_rank = 8;
 
 template <class Acc>
 inline Acc* align_up(Acc* p) {
@@ -26,7 +26,7 @@ template <class Acc>
 std::size_t rotation_scratch(int r) {
   std::size_t size = workspace_size(r) + r + lanes<Acc> + Simd<Acc>::scratch(r);
   if (r <= largest_lane_rank)
-    size = std::max(size, Lanes<Acc>::scratch(r) * lanes<Acc> + lanes<Acc>);
+    size = std::max(size, Lanes<Acc, 0>::scratch(r) * lanes<Acc> + lanes<Acc>);
   return size;
 }
 
@@ -49,10 +49,10 @@ inline void rotate_one(int n, Acc* M, Acc lam, bool proper, Acc* scratch) {
 
 // M (count, n, n) -> R in place for count <= lanes<Acc>. Returns the first that is not finite
 // (kept), or -1.
-template <class Acc>
+template <int order, class Acc>
 int rotate_lanes(int n, int count, Acc* M, Acc lam, bool proper, Acc* scratch) {
   const Acc eps = epsilon<Acc>() * n;
-  Lanes<Acc> batch(n, reinterpret_cast<Vector<Acc>*>(align_up(scratch)));
+  Lanes<Acc, order> batch(n, reinterpret_cast<Vector<Acc>*>(align_up(scratch)));
   batch.gather(count, M);
   const Mask<Acc> finite = batch.finite();
   Mask<Acc> done = batch.polar(finite & batch.normalize(), proper, Acc(0), eps);
@@ -81,7 +81,9 @@ int rotate_batch(int n, int count, Acc* M, Acc lam, bool proper, Acc* scratch) {
   for (int c = 0; c < count; c += step, M += step * n * n) {
     int at = -1;
     if (n <= largest_lane_rank) {
-      at = rotate_lanes(n, std::min(step, count - c), M, lam, proper, scratch);
+      at = with_order<largest_known_rank>(n, [&](auto order) {
+        return rotate_lanes<order>(n, std::min(step, count - c), M, lam, proper, scratch);
+      });
     } else if (all_finite(n * n, M)) {
       rotate_one(n, M, lam, proper, scratch);
     } else {
