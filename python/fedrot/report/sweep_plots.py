@@ -75,6 +75,7 @@ def differences(
             ax.set_ylim(len(labels) - 0.5, -0.5)
             ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
             ax.grid(axis="y", visible=False)
+            ax.locator_params(axis="x", nbins=5)  # labels of more would touch
         axes[len(axes) // 2].set_xlabel(xlabel)
         return png_bytes(figure)
 
