@@ -44,9 +44,15 @@ def _warps(tile: int, dtype: torch.dtype) -> int:
     return max(1, min(most, tile * tile * dtype.itemsize // 4096))
 
 
-def covariance_options(tile: int, dtype: torch.dtype) -> dict[str, int]:
-    """How covariance_kernel is cut for a rank tile and the wider of the two dtypes."""
-    stack = max(16, min(tile, 64))
+def _most_rows(widened: bool) -> int:
+    """Of a product. From 64 on Triton (3.7) multiplies what was 16-bit and has been widened as TF32
+    on sm_100, whatever precision is asked for."""
+    return 32 if widened else 64
+
+
+def covariance_options(tile: int, dtype: torch.dtype, widened: bool) -> dict[str, int]:
+    """How covariance_kernel is cut for a rank tile and what factors are multiplied in."""
+    stack = max(16, min(tile, _most_rows(widened)))
     block = max(16, 4096 // (max(tile, 32) * dtype.itemsize // 2))
     return {"STACK": stack, "BLOCK": min(block, 128), "num_warps": 8 if tile >= 128 else 4}
 
@@ -93,9 +99,8 @@ class Launches:
         sections = {"table": layout.table, "layers_at": s.layers, "clients_at": s.clients}
         sizes = {"layers": layout.layers, "clients": layout.clients}
         client, out = _TYPES[layout.client_dtype], _TYPES[layout.out_dtype]
-        wider = max(layout.client_dtype, layout.out_dtype, key=lambda dtype: dtype.itemsize)
-        if layout.client_dtype != layout.out_dtype:  # both are widened
-            wider = layout.dtype
+        widened = layout.client_dtype != layout.out_dtype
+        multiplied_in = layout.dtype if widened else layout.client_dtype
         self._covariance = {
             **(sections | sizes),
             "units_at": s.covariance_units,
@@ -103,7 +108,7 @@ class Launches:
             "CLIENT": client,
             "REFERENCE": out,
             "P": tile,
-            **covariance_options(tile, wider),
+            **covariance_options(tile, multiplied_in, widened),
         }
         uniform_or_given = "uniform" if layout.weights is None else "given"
         self._rotation = {

@@ -111,6 +111,7 @@ def compiled(kernel, target: str, arguments: dict[str, object]):
         ("sm_80", torch.float32, torch.float32, 4),
         ("sm_90", torch.float64, torch.float64, 3),
         ("sm_90", torch.bfloat16, torch.float32, 20),
+        ("sm_100", torch.bfloat16, torch.float32, 40),
         ("gfx942", torch.float16, torch.float64, 8),
     ],
     ids=str,
