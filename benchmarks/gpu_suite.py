@@ -67,14 +67,17 @@ def build() -> None:
 
 
 def check(report: Report, backend: str, device: str, full: bool) -> None:
-    """Every check of ``gpu_checks`` that there is time for."""
-    from gpu_checks import NAN_ON_A_GPU, checks
+    """Every check of ``gpu_checks`` for what the backend has, as far as there is time."""
+    from gpu_checks import NAN_ON_A_GPU, block_checks, checks
 
     module = importlib.import_module(f"fedrot_kernels.backends.{backend}")
     passed, left_out, failed = 0, 0, []
     until = report.left() - 0.35 * report.seconds  # leaves a third of the run to what follows
     begin = time.monotonic()
-    for name, function in checks(full):
+    for name, function in [
+        *checks(full),
+        *(block_checks(full) if hasattr(module, "gram") else ()),
+    ]:
         if device == "cpu" and name.startswith(NAN_ON_A_GPU):
             continue
         if time.monotonic() - begin > until:

@@ -17,7 +17,8 @@ chosen: dict[str, str] = {}
 
 def register() -> None:
     """Register the backends: native kernels for CPU tensors; for CUDA (and ROCm) tensors the
-    native CUDA kernels where they were built, else Triton's; the reference everywhere else.
+    native CUDA kernels where they were built, else Triton's, which ``gram`` and ``combine`` are in
+    either case; the reference everywhere else.
 
     The environment variable ``FEDROT_BACKEND`` forces one: ``cuda`` and ``triton`` for GPU tensors
     (``triton`` for CPU tensors too where ``TRITON_INTERPRET=1`` makes that possible),
@@ -48,6 +49,7 @@ def register() -> None:
 
         cuda.register()
         chosen["cuda"] = "cuda"
+        _register_blocks(triton=forced is None and _triton_is_new_enough())
     elif forced == "triton" or (torch.backends.cuda.is_built() and _triton_is_new_enough()):
         _register_triton("cuda")
     elif torch.backends.cuda.is_built():
@@ -63,6 +65,15 @@ def _register_triton(device_type: str) -> None:
 
     triton.register(device_type.upper())
     chosen[device_type] = "triton"
+
+
+def _register_blocks(*, triton: bool) -> None:
+    """``gram`` and ``combine``, which the CUDA kernels lack."""
+    if triton:
+        from fedrot_kernels.backends.triton import register_blocks
+    else:
+        from fedrot_kernels.backends.matmul import register_blocks
+    register_blocks("CUDA")
 
 
 def _triton_is_new_enough() -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrot_kernels.backends import matmul
 from fedrot_kernels.backends.gpu import Layout
 from fedrot_kernels.checks import DTYPES, accumulate_dtype, check_polar
 from fedrot_kernels.ops import implement
@@ -202,7 +201,7 @@ def polar(M: Tensor, *, proper: bool = False) -> Tensor:
 
 
 def register() -> None:
-    """Make this the implementation of every operator on CUDA tensors.
+    """Make this the implementation on CUDA tensors of every operator but ``gram`` and ``combine``.
 
     Raises:
         ImportError: the kernels were not built.
@@ -210,5 +209,4 @@ def register() -> None:
     _library()
     for function in (align_aggregate, align, polar):
         implement(function.__name__, "CUDA", function)
-    matmul.register("CUDA")
     implement_plan("cuda", Runner)

@@ -39,9 +39,11 @@ class Layout:
         *,
         out: tuple[list[Tensor], list[Tensor]] | None = None,
         flat: Flat | None = None,
+        rotations: bool = True,
     ) -> None:
         """``out`` for ``align_aggregate``; without it for ``align``, which returns ``aligned``.
-        With ``flat`` clients can be moved, see :meth:`rebind`."""
+        With ``flat`` clients can be moved, see :meth:`rebind`. Without ``rotations`` the table
+        alone, for kernels that neither find nor apply any."""
         tables, factors = read(factors, weights, lam, align)
         # Keeps alive what the table points to; flat buffers keep themselves.
         self._kept = factors if flat is None else factors[2:], out
@@ -56,10 +58,14 @@ class Layout:
             tables, ALIGN_MODES.index(align), out is not None, _cache_bytes(device)
         )
         self.sections, self.launches = call.sections, call.launches
-        self.partials = torch.empty(call.partials, dtype=self.dtype, device=device)
-        self.counters = torch.zeros(tables.clients * self.layers, dtype=torch.int32, device=device)
+        matrices = self.clients * self.layers if rotations else 0
+        partials = call.partials if rotations else 0
+        self.partials = torch.empty(partials, dtype=self.dtype, device=device)
+        self.counters = torch.zeros(matrices, dtype=torch.int32, device=device)
         self.aligned: list[Tensor] = []
-        if out is not None:
+        if not rotations:
+            addresses = [0] * (self.clients * self.layers)
+        elif out is not None:
             self.rotations = torch.empty(call.rotations, dtype=self.dtype, device=device)
             addresses = _cpu.rotations_in(self.rotations.data_ptr(), self.dtype.itemsize, tables)
         else:

@@ -1,5 +1,5 @@
-"""``gram`` and ``combine`` by PyTorch's matrix products, for devices that have no kernel for them:
-one product a layer, from factors that are widened and stacked first. Reads no values."""
+"""``gram`` and ``combine`` by PyTorch's matrix products, where there is no kernel for them: one
+product a layer, from factors that are widened and stacked first. Reads no values."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _symmetric(G: Tensor) -> Tensor:
     return lower + lower.tril(-1).mT
 
 
-def register(dispatch_key: str) -> None:
+def register_blocks(dispatch_key: str) -> None:
     """Make this the implementation of both for one dispatch key."""
     for function in (gram, combine):
         implement(function.__name__, dispatch_key, function)

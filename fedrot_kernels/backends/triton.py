@@ -15,8 +15,9 @@ from torch import Tensor
 from fedrot_kernels.backends import matmul, reference
 from fedrot_kernels.backends.gpu import Layout
 from fedrot_kernels.backends.triton_factors import apply_kernel, covariance_kernel
+from fedrot_kernels.backends.triton_gram import gram_kernel, gram_sum_kernel
 from fedrot_kernels.backends.triton_rotation import polar_kernel, rotation_kernel
-from fedrot_kernels.checks import accumulate_dtype, check_polar
+from fedrot_kernels.checks import accumulate_dtype, check_mix, check_polar
 from fedrot_kernels.ops import implement
 from fedrot_kernels.plan import Flat, ThroughOperator
 from fedrot_kernels.plan import Runner as AnyRunner
@@ -64,6 +65,19 @@ def apply_options(tile: int, dtype: torch.dtype) -> dict[str, int]:
     return {"STACK": stack, "BLOCK": block, "num_warps": 8 if tile >= 128 else 4}
 
 
+def gram_options(size: int, dtype: torch.dtype, widened: bool) -> dict[str, int]:
+    """How gram_kernel is cut for the size of a Gram matrix and what factors are multiplied in."""
+    tile = max(16, min(_tile(size), 32 if dtype == torch.float64 else _most_rows(widened)))
+    return {"TILE": tile, "BLOCK": max(16, 128 // dtype.itemsize), "num_warps": 4}
+
+
+def _gram_parts(layers: int, stacks: int, positions: int) -> int:
+    """Parts of the positions, more than one where there are fewer stacks of directions than keep
+    a card busy; a part is read in less time than its partial products are written."""
+    programs = layers * stacks * (stacks + 1) // 2
+    return max(1, min(1024 // programs, positions // 512))
+
+
 def _on(device: torch.device) -> Any:
     """Kernels are launched on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -75,6 +89,75 @@ def _run_length(values: np.ndarray) -> int:
     return bits & -bits
 
 
+def _rows(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of the layers and of the clients in the table."""
+    host, s = layout.host.numpy(), layout.sections
+    layers = host[s.layers : s.clients].reshape(-1, 13)
+    return layers, host[s.clients : s.covariance_units].reshape(-1, 6)
+
+
+def _vectors(layout: Layout, flat: Flat | None, mix: tuple[Tensor, ...] = ()) -> dict[str, int]:
+    """How many elements of a row of A, of B can be read at a time, everywhere."""
+    layers, clients = _rows(layout)
+    width, out_width = layout.client_dtype.itemsize, layout.out_dtype.itemsize
+    bases = np.array([] if flat is None else [b.data_ptr() for b in flat.buffers], np.int64)
+    matrices = np.array([t.data_ptr() // t.dtype.itemsize for t in mix], np.int64)
+    lengths_A, lengths_B = [layers[:, 1]], [layers[:, 2], clients[:, 4], matrices]
+    vectors = {}
+    for name, lengths, own, ref, out in (("A", lengths_A, 0, 3, 7), ("B", lengths_B, 2, 5, 9)):
+        elements = [
+            *lengths,
+            bases // width,
+            clients[:, own] // width,
+            clients[:, own + 1],
+            layers[:, ref] // out_width,
+            layers[:, out] // out_width,
+            layers[:, ref + 1],
+            layers[:, out + 1],
+        ]
+        vectors[f"VECTOR_{name}"] = _run_length(np.concatenate(elements))
+    return vectors
+
+
+def _table(layout: Layout) -> dict[str, Any]:
+    """What every kernel is told of a call."""
+    s = layout.sections
+    return {
+        "table": layout.table,
+        "layers_at": s.layers,
+        "clients_at": s.clients,
+        "layers": layout.layers,
+        "clients": layout.clients,
+    }
+
+
+def _multiplied_in(layout: Layout) -> tuple[torch.dtype, bool]:
+    """What factors are multiplied with each other in, and whether they are widened for it: both
+    are where their dtypes differ."""
+    widened = layout.client_dtype != layout.out_dtype
+    return layout.dtype if widened else layout.client_dtype, widened
+
+
+def _averages(layout: Layout, mix: tuple[Tensor, Tensor] | None = None) -> dict[str, Any]:
+    """Arguments of apply_kernel, to average with the matrices of ``mix`` or with rotations."""
+    tile = _tile(layout.largest_rank)
+    # Any pointer will do where none are read.
+    mix_A, mix_B = mix or (layout.partials, layout.partials)
+    return {
+        **_table(layout),
+        "units_at": layout.sections.apply_units,
+        "mix_A": mix_A,
+        "mix_B": mix_B,
+        "rank": layout.largest_rank,
+        "MIX": mix is not None,
+        "ACCUMULATE": _TYPES[layout.dtype],
+        "CLIENT": _TYPES[layout.client_dtype],
+        "OUT": _TYPES[layout.out_dtype],
+        "P": tile,
+        **apply_options(tile, layout.dtype),
+    }
+
+
 class Launches:
     """Every launch of one call over a :class:`Layout`."""
 
@@ -83,10 +166,7 @@ class Launches:
     ) -> None:
         self._layout, self._flat = layout, flat
         s = layout.sections
-        host = layout.host.numpy()
-        self._layer_rows = host[s.layers : s.clients].reshape(-1, 13)
-        self._client_rows = host[s.clients : s.covariance_units].reshape(-1, 6)
-        unit_layers = host[s.covariance_units : s.apply_units : 5]
+        unit_layers = layout.host.numpy()[s.covariance_units : s.apply_units : 5]
         self._groups = [
             (int(unit_layers[begin]), int(unit_layers[end - 1]) + 1, begin, end)
             for begin, end, _, _ in layout.launches
@@ -96,23 +176,18 @@ class Launches:
         self._outputs = [(begin, end) for _, _, begin, end in layout.launches[1:]]
 
         self._tile = tile = _tile(layout.largest_rank)
-        sections = {"table": layout.table, "layers_at": s.layers, "clients_at": s.clients}
-        sizes = {"layers": layout.layers, "clients": layout.clients}
-        client, out = _TYPES[layout.client_dtype], _TYPES[layout.out_dtype]
-        widened = layout.client_dtype != layout.out_dtype
-        multiplied_in = layout.dtype if widened else layout.client_dtype
         self._covariance = {
-            **(sections | sizes),
+            **_table(layout),
             "units_at": s.covariance_units,
             "partials": layout.partials,
-            "CLIENT": client,
-            "REFERENCE": out,
+            "CLIENT": _TYPES[layout.client_dtype],
+            "REFERENCE": _TYPES[layout.out_dtype],
             "P": tile,
-            **covariance_options(tile, multiplied_in, widened),
+            **covariance_options(tile, *_multiplied_in(layout)),
         }
         uniform_or_given = "uniform" if layout.weights is None else "given"
         self._rotation = {
-            **(sections | sizes),
+            **_table(layout),
             "units_at": s.covariance_units,
             "partials": layout.partials,
             # Any pointer will do where no weights are read.
@@ -125,42 +200,12 @@ class Launches:
             "P": tile,
             "num_warps": _warps(tile, layout.dtype),
         }
-        self._apply = {
-            **(sections | sizes),
-            "units_at": s.apply_units,
-            "ACCUMULATE": _TYPES[layout.dtype],
-            "CLIENT": client,
-            "OUT": out,
-            "P": tile,
-            **apply_options(tile, layout.dtype),
-        }
-        self._find_vectors()
-
-    def _find_vectors(self) -> None:
-        """How many elements of a row can be read at a time, everywhere."""
-        layers, clients = self._layer_rows, self._client_rows
-        width, out_width = self._layout.client_dtype.itemsize, self._layout.out_dtype.itemsize
-        flat = self._flat
-        bases = np.array([] if flat is None else [b.data_ptr() for b in flat.buffers], np.int64)
-        lengths_A, lengths_B = [layers[:, 1]], [layers[:, 2], clients[:, 4]]
-        vectors = {}
-        for name, lengths, own, ref, out in (("A", lengths_A, 0, 3, 7), ("B", lengths_B, 2, 5, 9)):
-            elements = [
-                *lengths,
-                bases // width,
-                clients[:, own] // width,
-                clients[:, own + 1],
-                layers[:, ref] // out_width,
-                layers[:, out] // out_width,
-                layers[:, ref + 1],
-                layers[:, out + 1],
-            ]
-            vectors[f"VECTOR_{name}"] = _run_length(np.concatenate(elements))
-        self._vectors = vectors
+        self._apply = _averages(layout)
+        self._vectors = _vectors(layout, flat)
 
     def rebind(self) -> None:
         self._layout.rebind()
-        self._find_vectors()
+        self._vectors = _vectors(self._layout, self._flat)
 
     def __call__(self) -> None:
         layout, clients = self._layout, self._layout.clients
@@ -250,9 +295,67 @@ def polar(M: Tensor, *, proper: bool = False) -> Tensor:
     return out
 
 
+def gram(lora_A, lora_B, ref_A, ref_B) -> tuple[Tensor, Tensor]:
+    layout = Layout((lora_A, lora_B, ref_A, ref_B), None, 0.0, "joint", rotations=False)
+    return _gram(layout, on_A=True), _gram(layout, on_A=False)
+
+
+def _gram(layout: Layout, on_A: bool) -> Tensor:
+    """The Gram matrix of A or of B of every layer."""
+    layers, size = layout.layers, (layout.clients + 1) * layout.largest_rank
+    options = gram_options(size, *_multiplied_in(layout))
+    stacks = triton.cdiv(size, options["TILE"])
+    longest = int(_rows(layout)[0][:, 1 if on_A else 0].max())
+    parts = _gram_parts(layers, stacks, longest)
+    gram = torch.empty(layers, size, size, dtype=layout.dtype, device=layout.device)
+    partials = gram if parts == 1 else gram.new_empty(layers, parts, size, size)
+    with _on(layout.device):
+        gram_kernel[(stacks * stacks, layers, parts)](
+            **_table(layout),
+            gram=gram,
+            partials=partials,
+            rank=layout.largest_rank,
+            ON_A=on_A,
+            CLIENT=_TYPES[layout.client_dtype],
+            REFERENCE=_TYPES[layout.out_dtype],
+            VECTOR=_vectors(layout, None)["VECTOR_A" if on_A else "VECTOR_B"],
+            **options,
+        )
+        if parts > 1:
+            del options["BLOCK"]
+            gram_sum_kernel[(stacks * stacks, layers)](
+                partials=partials, gram=gram, size=size, parts=parts, **options
+            )
+    return gram
+
+
+def combine(lora_A, lora_B, ref_A, ref_B, mix_A, mix_B) -> tuple[list[Tensor], list[Tensor]]:
+    factors = (lora_A, lora_B, ref_A, ref_B)
+    if _too_large(ref_A):
+        return matmul.combine(*factors, mix_A, mix_B)
+    A, B = empty_outputs(ref_A, ref_B)
+    layout = Layout(factors, None, 0.0, "joint", out=(A, B), rotations=False)
+    rank = layout.largest_rank
+    shape = (layout.layers, layout.clients, rank, rank)
+    check_mix(shape, layout.dtype, layout.device, mix_A, mix_B)
+    mix = mix_A.contiguous(), mix_B.contiguous()
+    units = sum(end - begin for _, _, begin, end in layout.launches)
+    with _on(layout.device):
+        apply_kernel[(units,)](
+            first_unit=0, **_averages(layout, mix), **_vectors(layout, None, mix)
+        )
+    return A, B
+
+
+def register_blocks(dispatch_key: str) -> None:
+    """``gram`` and ``combine`` alone, for a backend that has neither."""
+    for function in (gram, combine):
+        implement(function.__name__, dispatch_key, function)
+
+
 def register(dispatch_key: str = "CUDA") -> None:
     """Make this the implementation of every operator for one dispatch key."""
     for function in (align_aggregate, align, polar):
         implement(function.__name__, dispatch_key, function)
-    matmul.register(dispatch_key)
+    register_blocks(dispatch_key)
     implement_plan(dispatch_key.lower(), plan)

@@ -1,4 +1,4 @@
-"""The two passes over the factors in Triton: cross-covariances, and rotated averages.
+"""Two passes over the factors in Triton: cross-covariances, and averages with matrices.
 
 A step of either multiplies ``STACK`` stacked rows of A (columns of B): those of several clients
 where a rank is below the 16 that matrix units want, else of one client or a part of it.
@@ -6,8 +6,6 @@ Row ``m`` of a stack is row ``m % P`` of client ``m // P`` for rank tiles ``P`` 
 """
 
 from __future__ import annotations
-
-import os
 
 import triton
 import triton.language as tl
@@ -31,31 +29,7 @@ from fedrot_kernels.backends.triton_table import (
     SLOT,
     UNIT_ROW,
 )
-
-# The interpreter would multiply the bit patterns of bfloat16.
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def _pointers(addresses, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """Addresses (rows, columns) as pointers that come in runs of VECTOR along a row, each run at a
-    multiple of its size: what a load needs to know to move up to 16 bytes at once."""
-    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    pointers = addresses.to(tl.pointer_type(DTYPE), bitcast=True)
-    return tl.max_contiguous(tl.multiple_of(pointers, [1, VECTOR * BYTES]), [1, VECTOR])
-
-
-@triton.jit
-def _tile(rows, columns, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """Pointers to the elements ``columns`` of the rows at the addresses ``rows``."""
-    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    return _pointers(rows[:, None] + columns[None, :] * BYTES, DTYPE, VECTOR)
-
-
-@triton.jit
-def _mask(rows, columns, VECTOR: tl.constexpr):
-    """Rows and columns that are there; columns come in whole runs."""
-    return tl.max_constancy(rows[:, None] & columns[None, :], [1, VECTOR])
+from fedrot_kernels.backends.triton_tiles import mask, multiply, pointers, tile
 
 
 @triton.jit
@@ -72,35 +46,42 @@ def _stacked(step, clients, P: tl.constexpr, STACK: tl.constexpr):
 
 
 @triton.jit
-def _multiply(a, b, acc):
-    """``acc + a b``: products of 16-bit values are exact, wider ones are of the wider type."""
-    if a.dtype != b.dtype or _INTERPRETED:
-        a, b = a.to(acc.dtype), b.to(acc.dtype)
-    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
-
-
-@triton.jit
-def _multiply_exactly(factor, rotation, acc, ROTATION_FIRST: tl.constexpr):
-    """``acc`` plus the product. For 16-bit factors the rotation is a sum of two 16-bit values:
-    rounded to one it would no longer be orthogonal."""
-    if factor.dtype.primitive_bitwidth == 16 and acc.dtype == tl.float32:
-        high = rotation.to(factor.dtype)
-        low = (rotation - high.to(tl.float32)).to(factor.dtype)
-        if ROTATION_FIRST:
-            acc = _multiply(high, factor, _multiply(low, factor, acc))
-        else:
-            acc = _multiply(factor, high, _multiply(factor, low, acc))
-    elif ROTATION_FIRST:
-        acc = _multiply(rotation, factor.to(acc.dtype), acc)
+def _multiply_split(factor, matrix, acc, MATRIX_FIRST: tl.constexpr):
+    """``acc`` plus the product of a 16-bit factor and a matrix, which is a sum of two 16-bit
+    values: a rotation rounded to one would no longer be orthogonal."""
+    high = matrix.to(factor.dtype)
+    low = (matrix - high.to(tl.float32)).to(factor.dtype)
+    if MATRIX_FIRST:
+        acc = multiply(high, factor, multiply(low, factor, acc))
     else:
-        acc = _multiply(factor.to(acc.dtype), rotation, acc)
+        acc = multiply(factor, high, multiply(factor, low, acc))
     return acc
 
 
-_SIZES = ["layers_at", "clients_at", "units_at", "first_unit", "layers", "clients"]
+@triton.jit
+def _multiply_exactly(factor, matrix, acc, MATRIX_FIRST: tl.constexpr, MIX: tl.constexpr):
+    """``acc`` plus the product; with MIX of a matrix of any size, else of a rotation."""
+    if factor.dtype.primitive_bitwidth == 16 and acc.dtype == tl.float32:
+        if MIX and factor.dtype.is_fp16():
+            # Only a bfloat16 has room for the matrix, and only two for the factor.
+            wide = factor.to(tl.float32)
+            high = wide.to(tl.bfloat16)
+            low = (wide - high.to(tl.float32)).to(tl.bfloat16)
+            acc = _multiply_split(low, matrix, acc, MATRIX_FIRST)
+            acc = _multiply_split(high, matrix, acc, MATRIX_FIRST)
+        else:
+            acc = _multiply_split(factor, matrix, acc, MATRIX_FIRST)
+    elif MATRIX_FIRST:
+        acc = multiply(matrix, factor.to(acc.dtype), acc)
+    else:
+        acc = multiply(factor.to(acc.dtype), matrix, acc)
+    return acc
 
 
-@triton.jit(do_not_specialize=_SIZES)
+_SIZES = ["layers_at", "clients_at", "units_at", "first_unit", "layers", "clients", "rank"]
+
+
+@triton.jit(do_not_specialize=_SIZES[:-1])
 def covariance_kernel(
     table,
     layers_at,  # offsets of the sections of the table
@@ -144,15 +125,13 @@ def covariance_kernel(
         for first in range(begin, end, BLOCK):
             position = first + tl.arange(0, BLOCK)
             inside = position < end
-            a = tl.load(
-                _tile(own, position, CLIENT, VECTOR_A), _mask(exists, inside, VECTOR_A), 0.0
-            )
+            a = tl.load(tile(own, position, CLIENT, VECTOR_A), mask(exists, inside, VECTOR_A), 0.0)
             b = tl.load(
-                _tile(ref_A, position, REFERENCE, VECTOR_A),
-                _mask(wanted, inside, VECTOR_A),
+                tile(ref_A, position, REFERENCE, VECTOR_A),
+                mask(wanted, inside, VECTOR_A),
                 0.0,
             )
-            acc = _multiply(a, tl.trans(b), acc)
+            acc = multiply(a, tl.trans(b), acc)
     else:
         stride = tl.load(client_row + LORA_B + 1, exists, 0)
         own = base + tl.load(client_row + LORA_B, exists, 0) + row * CLIENT_BYTES
@@ -163,17 +142,17 @@ def covariance_kernel(
             inside = position < end
             at = own[None, :] + position[:, None] * (stride * CLIENT_BYTES)[None, :]
             b = tl.load(
-                _pointers(at, CLIENT, VECTOR_B),
-                _mask(inside, exists, VECTOR_B),
+                pointers(at, CLIENT, VECTOR_B),
+                mask(inside, exists, VECTOR_B),
                 0.0,
             )
             rows_of_ref = ref_B + position * stride_of_ref * REFERENCE_BYTES
             a = tl.load(
-                _tile(rows_of_ref, column, REFERENCE, VECTOR_B),
-                _mask(inside, wanted, VECTOR_B),
+                tile(rows_of_ref, column, REFERENCE, VECTOR_B),
+                mask(inside, wanted, VECTOR_B),
                 0.0,
             )
-            acc = _multiply(tl.trans(b), a, acc)
+            acc = multiply(tl.trans(b), a, acc)
 
     slot = tl.load(unit_row + SLOT) + client.to(tl.int64) * r * r + row * r
     tl.store(partials + slot[:, None] + column[None, :], acc, exists[:, None] & wanted[None, :])
@@ -188,6 +167,10 @@ def apply_kernel(
     first_unit,
     layers,
     clients,
+    mix_A,  # with MIX (layers, clients, rank, rank), else not read
+    mix_B,
+    rank,
+    MIX: tl.constexpr,
     ACCUMULATE: tl.constexpr,  # dtypes
     CLIENT: tl.constexpr,
     OUT: tl.constexpr,
@@ -197,14 +180,15 @@ def apply_kernel(
     STACK: tl.constexpr,
     BLOCK: tl.constexpr,  # positions at a time
 ):
-    """``sum_i R_i^T A_i`` or ``sum_i B_i R_i`` at the positions of one unit; ``R_i`` comes
-    multiplied by the weight of its client."""
+    """``sum_i R_i^T A_i`` or ``sum_i B_i R_i`` at the positions of one unit. ``R_i`` is with MIX
+    the client's of ``mix_A`` or ``mix_B``, else its rotation, multiplied by its weight already."""
     COLUMNS: tl.constexpr = P if P > 16 else 16
     CLIENT_BYTES: tl.constexpr = CLIENT.primitive_bitwidth // 8
     ACCUMULATE_BYTES: tl.constexpr = ACCUMULATE.primitive_bitwidth // 8
     OUT_BYTES: tl.constexpr = OUT.primitive_bitwidth // 8
     # float16 ends at 6e-8: small weights are kept above by a power of two.
-    SCALE: tl.constexpr = 16384.0 if CLIENT.is_fp16() and ACCUMULATE.is_fp32() else 1.0
+    HALF: tl.constexpr = CLIENT.is_fp16() and ACCUMULATE.is_fp32() and not MIX
+    SCALE: tl.constexpr = 16384.0 if HALF else 1.0
     unit_row = table + units_at + (first_unit + tl.program_id(0)) * UNIT_ROW
     layer = tl.load(unit_row + LAYER).to(tl.int32)
     begin, end = tl.load(unit_row + BEGIN), tl.load(unit_row + END)
@@ -215,6 +199,9 @@ def apply_kernel(
     column = tl.arange(0, COLUMNS)
     wanted = column < r
     steps = tl.cdiv(clients * P, STACK)
+    length = rank if MIX else r  # of a row of R
+    mix = tl.where(on_A, mix_A.to(tl.int64), mix_B.to(tl.int64))
+    mix += layer.to(tl.int64) * clients * rank * rank * ACCUMULATE_BYTES
 
     if on_A:
         stride_out = tl.load(layer_row + OUT_A + 1)
@@ -231,17 +218,21 @@ def apply_kernel(
                 own = tl.load(table + client, exists, 0) + tl.load(client_row + LORA_A, exists, 0)
                 own += row * stride * CLIENT_BYTES
                 a = tl.load(
-                    _tile(own, position, CLIENT, VECTOR_A), _mask(exists, inside, VECTOR_A), 0.0
+                    tile(own, position, CLIENT, VECTOR_A), mask(exists, inside, VECTOR_A), 0.0
                 )
-                R = tl.load(client_row + ROTATION, exists, 0) + row * r * ACCUMULATE_BYTES
+                if MIX:
+                    R = mix + client.to(tl.int64) * rank * rank * ACCUMULATE_BYTES
+                else:
+                    R = tl.load(client_row + ROTATION, exists, 0)
+                R += row * length * ACCUMULATE_BYTES
                 R = tl.load(
-                    _tile(R, column, ACCUMULATE, VECTOR_B), _mask(exists, wanted, VECTOR_B), 0.0
+                    tile(R, column, ACCUMULATE, VECTOR_B), mask(exists, wanted, VECTOR_B), 0.0
                 )
-                acc = _multiply_exactly(a, tl.trans(R * SCALE), acc, True)
+                acc = _multiply_exactly(a, tl.trans(R * SCALE), acc, True, MIX)
             tl.store(
-                _tile(out, position, OUT, VECTOR_A),
+                tile(out, position, OUT, VECTOR_A),
                 (acc / SCALE).to(OUT),
-                _mask(wanted, inside, VECTOR_A),
+                mask(wanted, inside, VECTOR_A),
             )
     else:
         stride_out = tl.load(layer_row + OUT_B + 1)
@@ -258,18 +249,22 @@ def apply_kernel(
                 own += row * CLIENT_BYTES
                 at = own[None, :] + position[:, None] * (stride * CLIENT_BYTES)[None, :]
                 b = tl.load(
-                    _pointers(at, CLIENT, VECTOR_B),
-                    _mask(inside, exists, VECTOR_B),
+                    pointers(at, CLIENT, VECTOR_B),
+                    mask(inside, exists, VECTOR_B),
                     0.0,
                 )
-                R = tl.load(client_row + ROTATION, exists, 0) + row * r * ACCUMULATE_BYTES
+                if MIX:
+                    R = mix + client.to(tl.int64) * rank * rank * ACCUMULATE_BYTES
+                else:
+                    R = tl.load(client_row + ROTATION, exists, 0)
+                R += row * length * ACCUMULATE_BYTES
                 R = tl.load(
-                    _tile(R, column, ACCUMULATE, VECTOR_B), _mask(exists, wanted, VECTOR_B), 0.0
+                    tile(R, column, ACCUMULATE, VECTOR_B), mask(exists, wanted, VECTOR_B), 0.0
                 )
-                acc = _multiply_exactly(b, R * SCALE, acc, False)
+                acc = _multiply_exactly(b, R * SCALE, acc, False, MIX)
             out = tl.load(layer_row + OUT_B) + position * stride_out * OUT_BYTES
             tl.store(
-                _tile(out, column, OUT, VECTOR_B),
+                tile(out, column, OUT, VECTOR_B),
                 (acc / SCALE).to(OUT),
-                _mask(inside, wanted, VECTOR_B),
+                mask(inside, wanted, VECTOR_B),
             )

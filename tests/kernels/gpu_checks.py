@@ -1,7 +1,8 @@
 """What every GPU backend must satisfy, against the float64 reference.
 
 ``checks(full)`` yields ``(name, check)``; ``check(backend, device)`` raises ``AssertionError``.
-A backend is a module with ``align_aggregate``, ``align``, ``polar`` and ``Runner``. Used by
+A backend is a module with ``align_aggregate``, ``align``, ``polar`` and ``Runner``;
+``block_checks(full)`` are for modules with ``gram`` and ``combine``. Used by
 ``test_gpu.py`` on a GPU, by the tests of the backends that can run without one on the CPU, and by
 ``benchmarks/gpu_suite.py``.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from problems import (
+    GRAM_TOLERANCE,
     ORTHOGONALITY_TOLERANCE,
     OUTPUT_TOLERANCE,
     ROTATION_TOLERANCE,
@@ -67,6 +69,26 @@ def checks(full: bool) -> Iterator[tuple[str, Check]]:
         sizes = (1, 2, 3, 4, 8, 16, 33, 64, 130) if full else (1, 2, 5, 17, 33)
         yield f"polar {_name(dtype)}", functools.partial(_polar, dtype=dtype, sizes=sizes)
         yield f"deficient polar {_name(dtype)}", functools.partial(_deficient, dtype=dtype)
+
+
+def block_checks(full: bool) -> Iterator[tuple[str, Check]]:
+    """The same of ``gram`` and ``combine``."""
+    for dtype, r in itertools.product(DTYPES, FULL_RANKS if full else SMALL_RANKS):
+        if full or (dtype in (DTYPES[0], DTYPES[2])) == (r in (3, 17)):
+            yield f"blocks {_name(dtype)} r{r}", functools.partial(_blocks, dtype=dtype, r=r)
+    for client, ref in itertools.product(DTYPES, DTYPES):
+        if full or (client, ref) in ((torch.bfloat16, torch.float32), (torch.float16, DTYPES[0])):
+            name = f"blocks of clients {_name(client)} reference {_name(ref)}"
+            yield name, functools.partial(_blocks_of_two_dtypes, client=client, ref=ref)
+    for dtype in DTYPES if full else (torch.float32, torch.bfloat16):
+        yield f"blocks of views {_name(dtype)}", functools.partial(_blocks_of_views, dtype=dtype)
+    if full:
+        for r in (128, 200, 256):
+            yield f"blocks r{r}", functools.partial(_blocks, dtype=torch.float32, r=r)
+        for dtype in (torch.float32, torch.bfloat16):
+            yield f"many blocks {_name(dtype)}", functools.partial(_many_blocks, dtype=dtype)
+    yield "blocks of one client", _blocks_of_one_client
+    yield "non-finite blocks", non_finite_blocks
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -274,3 +296,90 @@ def _deficient(backend, device, *, dtype) -> None:
         torch.testing.assert_close(R, wanted, atol=atol, rtol=0)
     identity = torch.eye(4, dtype=dtype, device=device)
     assert torch.equal(backend.polar(0 * identity), identity)
+
+
+def compare_blocks(backend, inputs: Inputs, scale: float = 1.0) -> None:
+    """Right, symmetric to the bit, the same bits again, inputs untouched; what is beyond a rank is
+    not read."""
+    before = inputs.map(torch.clone)
+    layers, r = inputs.layers, max(A.shape[0] for A in inputs.ref_A)
+    blocks = backend.gram(*inputs)
+    for G, expected in zip(blocks, reference.gram(*inputs), strict=True):
+        assert_close([G], [expected], GRAM_TOLERANCE[G.dtype])
+        assert torch.equal(G, G.mT), "not symmetric"
+    generator = torch.Generator().manual_seed(r)
+    size = (2, inputs.clients, layers, r, r)
+    mix = scale * torch.randn(size, generator=generator, dtype=torch.float64)
+    mix = mix.to(blocks[0].device, blocks[0].dtype)
+    for i, A in enumerate(inputs.lora_A):
+        client, layer = divmod(i, layers)
+        mix[:, client, layer, A.shape[0] :] = 1e30  # csrc/cpu multiplies some by zero
+        mix[:, client, layer, :, inputs.ref_A[layer].shape[0] :] = torch.nan
+    mix_A, mix_B = mix.transpose(1, 2)
+    # Matrices that do not lie one behind the other, and that begin anywhere.
+    shifted = torch.cat([mix_A.new_zeros(1), mix_A.flatten()])[1:].view(mix_A.shape)
+    expected = [t for side in reference.combine(*inputs, mix_A, mix_B) for t in side]
+    results = []
+    for left in (mix_A, mix_A, shifted):
+        A, B = backend.combine(*inputs, left, mix_B)
+        assert_close([*A, *B], expected, OUTPUT_TOLERANCE[A[0].dtype])
+        results.append([*A, *B])
+    first, again = [*results[0], *blocks], [*results[1], *backend.gram(*inputs)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "other bits"
+    for side, was in zip(inputs, before, strict=True):
+        assert all(torch.equal(t, w) for t, w in zip(side, was, strict=True)), "input changed"
+
+
+def _blocks(backend, device, *, dtype, r) -> None:
+    """The longest layer is cut in parts; with mixed ranks the blocks have gaps."""
+    for ranks in (None, [r, 1, max(1, r - 1)]):
+        shapes = [*_ragged(r), (1100 + r, 2, r)]
+        compare_blocks(backend, _on(device, planted(3, shapes, dtype, ranks=ranks, seed=r)))
+
+
+def _blocks_of_two_dtypes(backend, device, *, client, ref) -> None:
+    for r, scale in ((4, 1.0), (16, 1e-6), (16, 1e6)):
+        inputs = planted(2, _ragged(r))
+        factors = [[t.to(client) for t in inputs.lora_A], [t.to(client) for t in inputs.lora_B]]
+        refs = [[t.to(ref) for t in inputs.ref_A], [t.to(ref) for t in inputs.ref_B]]
+        # A result in float16 has little room.
+        scale = 1.0 if ref == torch.float16 else scale
+        compare_blocks(backend, _on(device, Inputs(*factors, *refs)), scale)
+
+
+def _blocks_of_views(backend, device, *, dtype) -> None:
+    """Rows that begin anywhere and are further apart than they are long; nothing else is read."""
+    for r in (3, 16):
+        whole = _on(device, planted(3, _ragged(r), dtype)).map(
+            lambda t: torch.nn.functional.pad(t, (3, 2, 1, 2), value=torch.nan)
+        )
+        compare_blocks(backend, whole.map(lambda t: t[1:-2, 3:-2]))
+
+
+def _many_blocks(backend, device, *, dtype) -> None:
+    shapes = [(2048, 1500, 16), (700, 9000, 16), (5000, 2048, 8)]
+    compare_blocks(backend, _on(device, planted(30, shapes, dtype)))
+
+
+def _blocks_of_one_client(backend, device) -> None:
+    compare_blocks(backend, _on(device, planted(1, [(1, 1, 1), (1, 5, 1), (6, 1, 1)])))
+    compare_blocks(backend, _on(device, planted(1, [(64, 4096, 16)], torch.bfloat16)))
+
+
+def non_finite_blocks(backend, device) -> None:
+    """One bad value spoils its own products, and the average of its layer, and nothing else."""
+    inputs = _on(device, planted(2, _ragged(4)))
+    mix = torch.ones(2, 3, 2, 4, 4, device=device)
+    gram_A, gram_B = backend.gram(*inputs)
+    A, B = backend.combine(*inputs, *mix)
+    bad = inputs.map(torch.clone)
+    bad.lora_B[1 * 3 + 1][300, 2] = torch.nan  # client 1, layer 1
+    bad_A, bad_B = backend.gram(*bad)
+    assert torch.equal(bad_A, gram_A)
+    spoiled = torch.zeros_like(gram_B, dtype=torch.bool)
+    spoiled[1, 4 + 2, :] = spoiled[1, :, 4 + 2] = True
+    assert torch.equal(bad_B.isnan(), spoiled)
+    assert torch.equal(bad_B[~spoiled], gram_B[~spoiled])
+    bad_A, bad_B = backend.combine(*bad, *mix)
+    assert all(torch.equal(a, w) for a, w in zip([*bad_A, bad_B[0]], [*A, B[0]], strict=True))
+    assert [bool(b) for b in bad_B[1].isnan().all(1)] == [i == 300 for i in range(len(B[1]))]

@@ -19,6 +19,7 @@ OUTPUT_TOLERANCE = {
     torch.float16: 2.0**-10,
 }
 ROTATION_TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4}
+GRAM_TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 ORTHOGONALITY_TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 
 

@@ -6,12 +6,14 @@ import importlib
 
 import pytest
 import torch
-from gpu_checks import NAN_ON_A_GPU, checks
+from gpu_checks import NAN_ON_A_GPU, block_checks, checks
 
-from fedrot_kernels.backends import cpu
+from fedrot_kernels.backends import cpu, matmul
 
-FULL = dict(checks(full=True))
-ON_THE_CPU = {n: c for n, c in checks(full=False) if not n.startswith(NAN_ON_A_GPU)}
+FULL, FULL_BLOCKS = dict(checks(full=True)), dict(block_checks(full=True))
+BLOCKS = dict(block_checks(full=False))
+SMALL = {**dict(checks(full=False)), **BLOCKS}
+ON_THE_CPU = {name: check for name, check in SMALL.items() if not name.startswith(NAN_ON_A_GPU)}
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -21,6 +23,18 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU her
 @pytest.mark.parametrize("name", FULL)
 def test_on_a_gpu(name, backend):
     FULL[name](importlib.import_module(f"fedrot_kernels.backends.{backend}"), "cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", ["triton", "matmul"])
+@pytest.mark.parametrize("name", FULL_BLOCKS)
+def test_blocks_on_a_gpu(name, backend):
+    FULL_BLOCKS[name](importlib.import_module(f"fedrot_kernels.backends.{backend}"), "cuda")
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_by_matrix_products(name):
+    BLOCKS[name](matmul, "cpu")
 
 
 @pytest.mark.parametrize("name", ON_THE_CPU)

@@ -7,14 +7,13 @@ import sys
 
 import pytest
 import torch
-from problems import OUTPUT_TOLERANCE, assert_close, planted
+from problems import GRAM_TOLERANCE, OUTPUT_TOLERANCE, assert_close, planted
 from torch.library import opcheck
 
 from fedrot_kernels.backends import matmul, reference
 
 op = torch.ops.fedrot
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-GRAM_TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 
 
 def ragged(r: int) -> list[tuple[int, int, int]]:

@@ -51,6 +51,10 @@ def test_forced_for_cpu_tensors():
         "assert torch.equal(plan.A[0], A[0]) and torch.equal(plan.B[0], B[0])\n"
         "expected, _ = reference.align_aggregate(*inputs)\n"
         "torch.testing.assert_close(A[0], expected[0], atol=1e-5, rtol=0)\n"
+        "inputs, called = planted(2, [(9, 700, 2)]), []\n"
+        "kept, triton._gram = triton._gram, lambda *a, **o: called.append(1) or kept(*a, **o)\n"
+        "torch.ops.fedrot.gram(*inputs)\n"
+        "assert called == [1, 1]\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -111,7 +115,6 @@ def compiled(kernel, target: str, arguments: dict[str, object]):
         ("sm_80", torch.float32, torch.float32, 4),
         ("sm_90", torch.float64, torch.float64, 3),
         ("sm_90", torch.bfloat16, torch.float32, 20),
-        ("sm_100", torch.bfloat16, torch.float32, 40),
         ("gfx942", torch.float16, torch.float64, 8),
     ],
     ids=str,
@@ -121,22 +124,7 @@ def test_compiles(target, client, out, r, tmp_path, monkeypatch):
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("nothing is compiled in the interpreter")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from fedrot_kernels.backends import triton as backend
-    from fedrot_kernels.backends.gpu import Layout
-
-    inputs = planted(2, [(64, 48, r)], client)
-    inputs.ref_A[:], inputs.ref_B[:] = (
-        [t.to(out) for t in side] for side in (inputs.ref_A, inputs.ref_B)
-    )
-    outputs = [torch.empty_like(inputs.ref_A[0])], [torch.empty_like(inputs.ref_B[0])]
-    weights = torch.ones(2, dtype=torch.float64)
-    layout = Layout(tuple(inputs), weights, 0.4, "joint", out=outputs)
-    launched = []
-    for name in ("covariance_kernel", "rotation_kernel", "apply_kernel"):
-        kernel = getattr(backend, name)
-        recorder = Recorder(lambda arguments, kernel=kernel: launched.append((kernel, arguments)))
-        monkeypatch.setattr(backend, name, recorder)
-    backend.Launches(layout, 0.4, True, True, None)()
+    launched = launches(client, out, r, monkeypatch)
     assert len(launched) == 4
     for kernel, arguments in launched:
         code = compiled(kernel, target, arguments).asm
@@ -147,6 +135,86 @@ def test_compiles(target, client, out, r, tmp_path, monkeypatch):
             assert "tf32" not in code["ptx"]
             if r % 8 == 0 and kernel is not launched[1][0]:
                 assert "0x10" in code["ptx"] or "global.v4" in code["ptx"], "no wide loads"
+
+
+def test_widened_factors_are_not_multiplied_as_tf32(tmp_path, monkeypatch):
+    """A rank tile of 64 on sm_100, of which alone Triton does not keep "ieee" there."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("nothing is compiled in the interpreter")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, arguments = launches(torch.bfloat16, torch.float32, 40, monkeypatch)[0]
+    assert kernel.__name__ == "covariance_kernel"
+    assert "tf32" not in compiled(kernel, "sm_100", arguments).asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("target", "client", "out", "r"),
+    [
+        ("sm_80", torch.float32, torch.float32, 4),
+        ("sm_90", torch.bfloat16, torch.bfloat16, 16),
+        ("sm_90", torch.float64, torch.float64, 3),
+        ("sm_100", torch.bfloat16, torch.float32, 20),
+        ("sm_100", torch.float16, torch.float16, 16),
+        ("gfx942", torch.bfloat16, torch.bfloat16, 16),
+    ],
+    ids=str,
+)
+def test_blocks_compile(target, client, out, r, tmp_path, monkeypatch):
+    """``gram``, of one factor in parts and of the other in one, and ``combine``."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("nothing is compiled in the interpreter")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from fedrot_kernels.backends import triton as backend
+
+    inputs = planted(2, [(64, 1536, r)], client)
+    inputs.ref_A[:], inputs.ref_B[:] = (
+        [t.to(out) for t in side] for side in (inputs.ref_A, inputs.ref_B)
+    )
+    launched = recorded(backend, monkeypatch, "gram_kernel", "gram_sum_kernel", "apply_kernel")
+    dtype = backend.gram(*inputs)[0].dtype
+    mix = torch.empty(1, 2, r, r, dtype=dtype)
+    backend.combine(*inputs, mix, mix)
+    names = [kernel.__name__ for kernel, _ in launched]
+    assert names == ["gram_kernel", "gram_sum_kernel", "gram_kernel", "apply_kernel"]
+    for kernel, arguments in launched:
+        code = compiled(kernel, target, arguments).asm
+        if target == "gfx942":
+            assert code["hsaco"]
+            continue
+        assert code["cubin"]
+        assert "tf32" not in code["ptx"]
+        if kernel.__name__ == "gram_kernel":
+            # 16-bit products in the matrix units, wide loads where rows allow them.
+            assert ("mma" in code["ptx"]) == (client == out and client != torch.float32)
+            assert r % 8 or "0x10" in code["ptx"] or "global.v4" in code["ptx"]
+
+
+def launches(client, out, r: int, monkeypatch) -> list[tuple[object, dict[str, object]]]:
+    """Those of ``align_aggregate``."""
+    from fedrot_kernels.backends import triton as backend
+    from fedrot_kernels.backends.gpu import Layout
+
+    inputs = planted(2, [(64, 48, r)], client)
+    inputs.ref_A[:], inputs.ref_B[:] = (
+        [t.to(out) for t in side] for side in (inputs.ref_A, inputs.ref_B)
+    )
+    outputs = [torch.empty_like(inputs.ref_A[0])], [torch.empty_like(inputs.ref_B[0])]
+    weights = torch.ones(2, dtype=torch.float64)
+    layout = Layout(tuple(inputs), weights, 0.4, "joint", out=outputs)
+    names = ("covariance_kernel", "rotation_kernel", "apply_kernel")
+    launched = recorded(backend, monkeypatch, *names)
+    backend.Launches(layout, 0.4, True, True, None)()
+    return launched
+
+
+def recorded(backend, monkeypatch, *names: str) -> list[tuple[object, dict[str, object]]]:
+    """From now on what these kernels would be launched with, instead of launches."""
+    launched: list[tuple[object, dict[str, object]]] = []
+    for name in names:
+        kernel = getattr(backend, name)
+        recorder = Recorder(lambda arguments, kernel=kernel: launched.append((kernel, arguments)))
+        monkeypatch.setattr(backend, name, recorder)
+    return launched
 
 
 class Recorder:

@@ -14,7 +14,7 @@ import sys
 import traceback
 
 import torch
-from gpu_checks import compare
+from gpu_checks import compare, compare_blocks, non_finite_blocks
 from problems import ORTHOGONALITY_TOLERANCE, OUTPUT_TOLERANCE, assert_close, haar, planted
 
 from fedrot_kernels.backends import gpu, reference
@@ -29,6 +29,14 @@ def values(backend, *, dtype, shapes, clients=2, ranks=None, ref=None, weights=N
         inputs.ref_A[:] = [t.to(ref) for t in inputs.ref_A]
         inputs.ref_B[:] = [t.to(ref) for t in inputs.ref_B]
     compare(backend, inputs, None if weights is None else torch.tensor(weights), **options)
+
+
+def blocks(backend, *, dtype, shapes, clients=2, ranks=None, ref=None, scale=1.0):
+    inputs = planted(clients, shapes, dtype, ranks=ranks, seed=len(shapes))
+    if ref is not None:
+        inputs.ref_A[:] = [t.to(ref) for t in inputs.ref_A]
+        inputs.ref_B[:] = [t.to(ref) for t in inputs.ref_B]
+    compare_blocks(backend, inputs, scale)
 
 
 def large_rank(backend):
@@ -47,6 +55,10 @@ def beyond_the_largest_rank(backend):
     runner = backend.plan(tuple(inputs), None, [A.zero_()], [torch.empty(3, r)], 0.0, "A", True)
     runner.run()
     torch.testing.assert_close(A, inputs.lora_A[0])
+    mix = torch.randn(2, 1, 1, r, r)
+    averages = backend.combine(*inputs, *mix)
+    for side, expected in zip(averages, reference.combine(*inputs, *mix), strict=True):
+        assert_close(side, expected, OUTPUT_TOLERANCE[F32])
 
 
 def several_groups(backend):
@@ -64,6 +76,7 @@ def views(backend):
         lambda t: torch.nn.functional.pad(t, (3, 2, 1, 2), value=torch.nan)
     )
     compare(backend, whole.map(lambda t: t[1:-2, 3:-2]))
+    compare_blocks(backend, whole.map(lambda t: t[1:-2, 3:-2]))
 
 
 def whole_vectors(backend):
@@ -73,6 +86,7 @@ def whole_vectors(backend):
     backend._run_length = lambda values: launches.append(original(values)) or launches[-1]
     try:
         values(backend, dtype=BF16, shapes=[(40, 48, 8)], lam=1.0)
+        blocks(backend, dtype=BF16, shapes=[(40, 48, 8)])
     finally:
         backend._run_length = original
     assert 8 in launches and 1 in launches  # 1: the outputs beside the sentinels
@@ -189,8 +203,25 @@ def null_spaces_that_do_not_meet(backend):
         assert abs(float((R * M).sum()) - len(ones)) < 1e-5
 
 
+def combine_is_the_average_of_align_aggregate(backend):
+    """Bit for bit, where the factors are not float16: then matrices of any size are multiplied."""
+    for dtype in (F32, BF16):
+        inputs = planted(2, [(9, 40, 2), (35, 7, 2)], dtype)
+        weights = torch.tensor([1.0, 2.0], dtype=F64)
+        R = torch.stack(backend.align(*inputs, lam=1.0)).view(2, 2, 2, 2).transpose(0, 1)
+        W = R * (weights / weights.sum()).to(R.dtype)[:, None, None]
+        averages = backend.combine(*inputs, W, W)
+        wanted = backend.align_aggregate(*inputs, weights, lam=1.0)
+        for side, expected in zip(averages, wanted, strict=True):
+            assert_close(side, expected, 0.0)
+
+
 def _values(**options):
     return functools.partial(values, **options)
+
+
+def _blocks(**options):
+    return functools.partial(blocks, **options)
 
 
 CHECKS = {
@@ -226,6 +257,19 @@ CHECKS = {
             (F64, 8, 8, False),
         ]
     },
+    "blocks float32 r1": _blocks(dtype=F32, shapes=[(5, 7, 1), (3, 41, 1)], clients=1),
+    "blocks float32 r5 in parts": _blocks(dtype=F32, shapes=[(1030, 9, 5), (41, 2, 3)]),
+    "blocks bfloat16 r3 mixed ranks": _blocks(
+        dtype=BF16, shapes=[(13, 70, 3), (65, 9, 2)], clients=5, ranks=[3, 1, 2, 3, 3]
+    ),
+    "blocks float64 r16": _blocks(dtype=F64, shapes=[(29, 41, 16)], clients=3),
+    "blocks float16 r33": _blocks(dtype=F16, shapes=[(37, 71, 33)], ranks=[33, 17]),
+    "blocks bfloat16 and float32": _blocks(dtype=BF16, shapes=[(29, 41, 4)], ref=F32),
+    "blocks float16 and float64": _blocks(dtype=F16, shapes=[(29, 41, 3)], ref=F64),
+    "blocks float32 and bfloat16": _blocks(dtype=F32, shapes=[(29, 41, 2)], ref=BF16),
+    "blocks float16 large": _blocks(dtype=F16, shapes=[(29, 41, 4)], ref=F32, scale=1e6),
+    "blocks float16 small": _blocks(dtype=F16, shapes=[(29, 41, 4)], ref=F32, scale=1e-6),
+    "non-finite blocks": functools.partial(non_finite_blocks, device="cpu"),
     **{
         check.__name__.replace("_", " "): check
         for check in (
@@ -240,6 +284,7 @@ CHECKS = {
             flat_buffers,
             half_turn,
             null_spaces_that_do_not_meet,
+            combine_is_the_average_of_align_aggregate,
         )
     },
 }
