@@ -18,6 +18,13 @@ struct Unit {
   std::int64_t begin, end;
 };
 
+// Whether a client has a smaller rank than the layer.
+bool smaller(const Problem& problem, int layer) {
+  for (int i = 0; i < problem.clients; ++i)
+    if (problem.ranks[i * problem.layers + layer] < problem.shapes[layer].r) return true;
+  return false;
+}
+
 template <class Acc>
 bool combined(const Problem& problem, int r, const Acc* mix_A, const Acc* mix_B,
               const Matrix* out_A, const Matrix* out_B, int threads) {
@@ -33,7 +40,7 @@ bool combined(const Problem& problem, int r, const Acc* mix_A, const Acc* mix_B,
         units.push_back({l, side, t, std::min(t + length, all)});
     }
     scratch_size = std::max(scratch_size, whole_lines<Acc>(table.scratch_size(s.r)));
-    if (s.r < r)
+    if (s.r < r || smaller(problem, l))
       narrow = std::max(narrow, whole_lines<Acc>(std::size_t(problem.clients) * s.r * s.r));
   }
   const auto scratch = uninitialized<Acc>((scratch_size + narrow) * threads);
@@ -43,9 +50,12 @@ bool combined(const Problem& problem, int r, const Acc* mix_A, const Acc* mix_B,
     Acc *own = scratch.get() + (scratch_size + narrow) * thread, *packed = own + scratch_size;
     const std::size_t count = problem.clients, square = std::size_t(r) * r;
     const Acc* W = (side == Side::A ? mix_A : mix_B) + layer * count * square;
-    if (const int rank = problem.shapes[layer].r; rank < r) {
+    const int rank = problem.shapes[layer].r;
+    if (rank < r || smaller(problem, layer)) {
+      // Rows beyond a client's rank may hold anything, and small ranks are multiplied with them.
+      std::fill_n(packed, count * rank * rank, Acc(0));
       for (std::size_t i = 0; i < count; ++i)
-        for (int p = 0; p < rank; ++p)
+        for (int p = 0; p < problem.ranks[i * problem.layers + layer]; ++p)
           std::copy_n(W + i * square + p * r, rank, packed + (i * rank + p) * rank);
       W = packed;
     }

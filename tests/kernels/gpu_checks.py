@@ -313,7 +313,7 @@ def compare_blocks(backend, inputs: Inputs, scale: float = 1.0) -> None:
     mix = mix.to(blocks[0].device, blocks[0].dtype)
     for i, A in enumerate(inputs.lora_A):
         client, layer = divmod(i, layers)
-        mix[:, client, layer, A.shape[0] :] = 1e30  # csrc/cpu multiplies some by zero
+        mix[:, client, layer, A.shape[0] :] = torch.nan
         mix[:, client, layer, :, inputs.ref_A[layer].shape[0] :] = torch.nan
     mix_A, mix_B = mix.transpose(1, 2)
     # Matrices that do not lie one behind the other, and that begin anywhere.
