@@ -22,8 +22,8 @@ class ServerOptimizer:
     ``fedavg`` with ``lr: 1`` takes the aggregate as it is. ``lr: null`` is 1 for ``fedavg`` and
     ``fedavgm``, 0.01 for the adaptive ones, whose step does not shrink with the gradient.
     ``momentum`` is of ``fedavgm``; ``beta1``, ``beta2`` of ``fedadam`` and ``fedyogi``; ``eps`` of
-    the adaptive ones (the paper's tau). Adam and Yogi correct the bias of their moments, as
-    PyTorch does and the paper does not.
+    the adaptive ones (the paper's tau). Not as in the paper but as PyTorch does: Adam and Yogi
+    correct the bias of their moments, second moments start from 0, Adagrad has no momentum.
     """
 
     optimizer: str = option("fedavg", choices=("fedavg", "fedavgm", *ADAPTIVE))

@@ -173,7 +173,8 @@ def _unknown(key: str, known: list[str]) -> FedrotError:
     # First the same last part: `lr` for `local.lr` is what people write.
     near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    there = f"known are {', '.join(known)}" if known else f"{key.rpartition('.')[0]} has none"
+    hint = f"did you mean {near[0]!r}?" if near else there
     return FedrotError(f"unknown option {key!r}; {hint}")
 
 

@@ -99,8 +99,13 @@ def test_errors(override, message):
 
 
 def test_option_of_another_method_is_unknown():
-    with pytest.raises(FedrotError, match=r"unknown option 'method\.lam'"):
+    with pytest.raises(FedrotError, match=r"unknown option 'method\.lam'; method has none"):
         load({"method": {"name": "fedit", "lam": 0.5}})
+
+
+def test_a_test_part_too_small_for_its_digits_names_the_option():
+    with pytest.raises(FedrotError, match=r"task\.test_fraction=0\.001 does not do: "):
+        load({"task": {"test_fraction": 0.001, "pretrain_steps": 1}}).task.prepare(0)
 
 
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [\n"])

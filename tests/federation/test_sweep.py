@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,13 +16,14 @@ from typer.testing import CliRunner
 
 from fedrot.cli import app
 from fedrot.errors import FedrotError
-from fedrot.options import flatten, parse_overrides
+from fedrot.options import flatten, merge, parse_overrides
 from fedrot.report.sweep_pages import failures, tables
 from fedrot.simulation.run_dir import RunDir
 from fedrot.sweep.analysis import Results, paired
 from fedrot.sweep.experiment import TUNE_SEED, read_experiment
 from fedrot.sweep.runner import run_experiment
 
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 TINY = {
     "title": "A try",
     "claim": "None.",
@@ -104,6 +109,45 @@ def test_errors(tmp_path, changes, message):
     with pytest.raises(FedrotError) as error:
         read_experiment(write(tmp_path, **changes))
     assert message in str(error.value) and "try.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize("file", sorted(EXPERIMENTS.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_experiments_of_the_repository(file):
+    """Every configuration of every cell and trial can be built; five seeds or more."""
+    experiment = read_experiment(file)
+    assert experiment.seeds >= 5 and experiment.claim
+    given = merge(experiment.options, *(cell.tree for cell in experiment.cells))
+    assert (file.parent.name == "full") == ("task" in given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({"options": {"task.name": "sst2"}, "vary": {}}, "FacebookAI/roberta-large"),
+        ({"options": {}, "vary": {"task.name": ["digits", "gsm8k"]}}, "meta-llama/Meta-Llama-3-8B"),
+        (
+            {"options": {"task": {"data": "acme/own"}}, "vary": {"x": [{"task.name": "text"}]}},
+            "acme/own",
+        ),
+    ],
+)
+def test_what_is_missing_is_said_at_once(tmp_path, changes, missing):
+    """Before torch is imported and any configuration is built."""
+    code = (
+        "import sys; from typer.testing import CliRunner; from fedrot.cli import app\n"
+        "from fedrot import hub; hub._answers = lambda endpoint: False\n"
+        "out = CliRunner().invoke(app, ['sweep', sys.argv[1]])\n"
+        "print(out.exit_code, 'torch' in sys.modules); print(out.output)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path)}
+    path = write(tmp_path, **changes)
+    found = subprocess.run(
+        [sys.executable, "-c", code, path], env=environment, capture_output=True, text=True
+    )
+    first, line = found.stdout.strip().splitlines()
+    assert first == "1 False"
+    assert line.startswith(f"fedrot: {missing} is not in the cache") and "`hf download" in line
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.fixture(scope="module")

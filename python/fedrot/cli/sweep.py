@@ -32,6 +32,8 @@ def sweep(
 
     Run again after an interruption: finished runs are kept.
     """
+    _look_for_tasks(experiment)  # before torch is imported, which takes seconds
+
     from fedrot.report.sweep_pages import write_results
     from fedrot.sweep.analysis import Results
     from fedrot.sweep.experiment import read_experiment
@@ -51,6 +53,26 @@ def sweep(
     if not quiet:
         _print(results)
         typer.echo(f"report   {written[-1]}")
+
+
+def _look_for_tasks(experiment: Path) -> None:
+    """Whether the models and data of all cells are within reach; what else is wrong with the file
+    is found later."""
+    from fedrot.hub import look_for
+    from fedrot.options import merge, nested, read_yaml
+
+    def task(options: Any) -> Any:
+        listed = options.items() if isinstance(options, dict) else ()
+        return merge(*(nested(str(key), value) for key, value in listed)).get("task")
+
+    content = read_yaml(experiment)
+    shared, vary = content.get("options"), content.get("vary")
+    look_for(task(shared))
+    for key, values in vary.items() if isinstance(vary, dict) else ():
+        for value in values if isinstance(values, list) else ():
+            own = task(value if isinstance(value, dict) else {key: value})
+            if isinstance(own, dict):
+                look_for(merge({"task": task(shared) or {}}, {"task": own})["task"])
 
 
 def _print(results: Results) -> None:

@@ -94,7 +94,7 @@ class HetLoRA(Method):
     its weight, so that small or empty updates do not dilute the others.
     """
 
-    name: ClassVar[str] = "HetLoRA"
+    name: ClassVar[str] = "HetLoRA without pruning"
 
     norm_weights: bool = True
 

@@ -145,7 +145,7 @@ class _Trainer:
                 next(self.clock)
                 loss = torch.zeros(len(starts), device=device)
                 for piece in rows[step].split(self.local.micro_batch or rows.shape[2], dim=1):
-                    part = self._losses(piece, full) / counts[step].to(device)
+                    part = self._losses(layers, piece, full) / counts[step].to(device)
                     optimizer.add(part)
                     loss += part.detach()
                 active = None if full else step < lengths
@@ -154,10 +154,13 @@ class _Trainer:
             ends = [layers.of(i, *own) for i, own in enumerate(zip(starts, heads, strict=True))]
         return Trained([f for f, _ in ends], [head for _, head in ends], (losses / lengths).cpu())
 
-    def _losses(self, rows: Tensor, full: bool) -> Tensor:
+    def _losses(self, layers: GroupedLayers, rows: Tensor, full: bool) -> Tensor:
         """The summed loss of each client ``(N,)`` on its examples ``rows`` ``(N, b)``."""
         flat, device = rows.flatten().clamp(min=0), self.model.device
         batch = trim({key: value[flat] for key, value in self.train.items()})
+        if "attention_mask" in batch:
+            mask = batch["attention_mask"].view(*rows.shape, -1)
+            layers.lengths[:] = mask.sum(2).amax(1).tolist()
         batch = {key: value.to(device) for key, value in batch.items()}
         self.memory.rows = flat.to(device)
         base = self.model.get_base_model()

@@ -37,6 +37,7 @@ from fedrot.simulation.adapter import (
     set_factors,
     set_head,
 )
+from fedrot.simulation.grouped import mixed_layer
 from fedrot.simulation.local import draw_batches, train_clients
 from fedrot.simulation.memory import Memory, remember
 from fedrot.simulation.run_dir import Row, RunDir, open_run
@@ -159,6 +160,13 @@ def prepare(config: Config, track: Track = no_progress) -> Federation:
     data, examples = attacks.poisoned(
         data, split(data, config.clients, config.seed), config.clients
     )
+    if layer := mixed_layer(model, data.train):
+        if config.local.together not in (None, 1):
+            raise FedrotError(
+                f"local.together must be 1 for this model, got {config.local.together}: the input "
+                f"of {layer} is not a row an example"
+            )
+        config = replace(config, local=replace(config.local, together=1))
     head = get_head(model) if config.local.head else {}
     memory = remember(model, data.train)
     return Federation(config, data, model, FrozenWeights(model), head, examples, memory)

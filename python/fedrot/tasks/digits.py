@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fedrot.errors import FedrotError
 from fedrot.options import option
 from fedrot.tasks import base as shared
 from fedrot.tasks.base import Batch, TaskData, Track, no_progress, query_and_value
@@ -121,12 +122,15 @@ def _split(digits: range, test_fraction: float, seed: int) -> tuple[Batch, Batch
     wanted = (data.target >= digits.start) & (data.target < digits.stop)
     images = torch.from_numpy(data.images[wanted]).float().div(16).unsqueeze(1)
     labels = torch.from_numpy(data.target[wanted]).long() - digits.start
-    train, test = train_test_split(
-        torch.arange(len(labels)).numpy(),
-        test_size=test_fraction,
-        stratify=labels.numpy(),
-        random_state=seed,
-    )
+    try:
+        train, test = train_test_split(
+            torch.arange(len(labels)).numpy(),
+            test_size=test_fraction,
+            stratify=labels.numpy(),
+            random_state=seed,
+        )
+    except ValueError as error:  # a part that cannot hold every digit
+        raise FedrotError(f"task.test_fraction={test_fraction} does not do: {error}") from error
     rows: list[Tensor] = [torch.from_numpy(part) for part in (train, test)]
     first, second = ({"pixel_values": images[r], "labels": labels[r]} for r in rows)
     return first, second

@@ -97,8 +97,8 @@ def by_column(values: Tensor, clients: int) -> list[Tensor]:
 def dirichlet(labels: Tensor, clients: int, alpha: float, seed: int) -> list[Tensor]:
     """Split examples so that every label is spread over the clients by a Dirichlet draw.
 
-    Small ``alpha`` gives each client few labels, large ``alpha`` even ones (Hsu et al.,
-    arXiv 1909.06335). A client left without examples takes one from the largest client.
+    Small ``alpha`` gives each client few labels, large ``alpha`` even ones (Yurochkin et al.,
+    arXiv 1905.12022). A client left without examples takes one from the largest client.
 
     Args:
         labels: ``(n,)`` integers.
