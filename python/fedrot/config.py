@@ -163,8 +163,8 @@ class Config:
         if not method.steady_basis and not server.plain:
             raise FedrotError(
                 f"{method.name} cannot go with server.optimizer={server.optimizer}, lr "
-                f"{server.rate:g}: its factors change basis, or belong to what was folded into the "
-                "frozen weights, every round; only fedavg with lr 1 leaves them as they are"
+                f"{server.rate:g}: its factors change basis or rank every round, or belong to what "
+                "was folded into the frozen weights; only fedavg with lr 1 leaves them as they are"
             )
         if self.clients.ranks and max(self.clients.ranks) > self.lora.r:
             largest = max(self.clients.ranks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -56,7 +56,13 @@ def truncate(factors: Factors, rank: int | None) -> Factors:
 
 def padded(factors: Factors, rank: int) -> Factors:
     """Zero rows of ``A`` and columns of ``B`` up to ``rank``: the product stays."""
+    return resized(factors, dict.fromkeys(factors.A, rank))
+
+
+def resized(factors: Factors, ranks: Mapping[str, int]) -> Factors:
+    """Every layer of its own of these ranks: padded with zeros, or cut to the first rows of ``A``
+    and columns of ``B``."""
     return Factors(
-        {module: pad(A, (0, 0, 0, rank - A.shape[0])) for module, A in factors.A.items()},
-        {module: pad(B, (0, rank - B.shape[1])) for module, B in factors.B.items()},
+        {module: pad(A, (0, 0, 0, ranks[module] - A.shape[0])) for module, A in factors.A.items()},
+        {module: pad(B, (0, ranks[module] - B.shape[1])) for module, B in factors.B.items()},
     )

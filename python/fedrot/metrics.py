@@ -11,7 +11,6 @@ from torch.nn.functional import pad
 
 import fedrot_kernels  # noqa: F401  (registers torch.ops.fedrot)
 from fedrot.factors import Factors, client_major
-from fedrot.methods.base import stacked
 
 
 def aggregation_error(
@@ -44,31 +43,6 @@ def aggregation_error(
         R_right = torch.linalg.qr(right.T, mode="r").R
         errors[name] = float(torch.linalg.matrix_norm(R_left @ R_right.T))
     return errors
-
-
-def singular_values(uploads: Sequence[Factors], weights: Tensor | None = None) -> dict[str, Tensor]:
-    """Those of the exact average ``sum_i w_i B_i A_i`` of each layer: ``(n,)`` float64, descending.
-
-    With the factors side by side and ``left = Q L``, ``right^T = P R``, they are those of
-    ``L R^T``, at most ``sum_i r_i`` square; no ``d x k`` matrix is formed. ``n`` is the numerical
-    rank: what lies below ``max(d, k) eps max_i |w_i B_i A_i|`` is rounding of the factors, whose
-    ``eps`` this is (float32's for narrower ones), and left out. With one client that is the rule of
-    ``torch.linalg.matrix_rank``; measuring against the clients' products rather than their average
-    makes an average of zero have none.
-    """
-    values = {}
-    for name, B in uploads[0].B.items():
-        ranks = [u.A[name].shape[0] for u in uploads]
-        layer = [Factors({name: u.A[name].double()}, {name: u.B[name].double()}) for u in uploads]
-        left, right = stacked(layer, name, weights)
-        L = torch.linalg.qr(left, mode="r").R
-        R = torch.linalg.qr(right.T, mode="r").R
-        products = zip(L.split(ranks, 1), R.split(ranks, 1), strict=True)
-        largest = max(float(torch.linalg.matrix_norm(b @ a.T)) for b, a in products)
-        eps = torch.finfo(torch.promote_types(B.dtype, torch.float32)).eps
-        found = torch.linalg.svdvals(L @ R.T)
-        values[name] = found[found > max(left.shape[0], right.shape[1]) * eps * largest]
-    return values
 
 
 def total(errors: Mapping[str, float]) -> float:

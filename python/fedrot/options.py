@@ -186,7 +186,14 @@ def _value(key: str, value: Any, hint: Any, f: dataclasses.Field[Any]) -> Any:
         assert f.default_factory is not dataclasses.MISSING
         name = value.get("name", name_of(f.default_factory(), kinds))
         rest = {k: v for k, v in value.items() if k != "name"}
-        return build(pick(kinds, name, key), rest, f"{key}.")
+        kind = pick(kinds, name, key)
+        for own in rest:
+            theirs = [n for n, other in kinds.items() if own in option_keys(other)]
+            if theirs and name not in theirs:
+                raise FedrotError(
+                    f"unknown option '{key}.{own}' of {name}; it is of {', '.join(theirs)}"
+                )
+        return build(kind, rest, f"{key}.")
     if dataclasses.is_dataclass(hint):
         return build(hint, value, f"{key}.")
     return _ranged(key, _typed(key, value, hint), f.metadata)

@@ -278,6 +278,7 @@ def test_refused(tools):
         ({"rank": 4, "energy": 0.9}, "got energy=0.9 and rank=4"),
         ({"rank": "auto", "method": FedRot()}, "which FedRot-LoRA does not give"),
         ({"rank": "auto", "method": FedIT()}, "which FedIT does not give"),
+        ({"method": FlexLoRA(energy=0.9)}, "with an energy is for rounds; here rank='auto'"),
         ({"rank": 0, "method": FlexLoRA()}, "rank must be at least 1, got 0"),
         ({"rank": "auto", "weights": [1, -1]}, "weights must be finite, not negative"),
     ]

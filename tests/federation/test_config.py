@@ -67,6 +67,7 @@ def test_tree_round_trips_through_yaml():
         ("lr=0.1", "unknown option 'lr'; did you mean 'local.lr'?"),
         ("local.step=3", "unknown option 'local.step'; did you mean 'local.steps'?"),
         ("round=3", "unknown option 'round'; did you mean 'rounds'?"),
+        ("method.energy=0.9", "unknown option 'method.energy' of fedrot; it is of flexlora"),
         ("method.lamb=1", "unknown option 'method.lamb'; did you mean 'method.lam'?"),
         ("task.pretrain_step=3", "did you mean 'task.pretrain_steps'?"),
         ("method.name=fedrto", "unknown method 'fedrto'; did you mean 'fedrot'?"),

@@ -188,6 +188,10 @@ STATES = {
     "flora": ("merged", []),
     "fedsa": ("personal", ["clients.participation=2"]),
     "fedrot": ("previous", ["method.lag=2", "method.rotation=random"]),
+    "flexlora": (
+        "previous",
+        ["method.energy=0.8", "clients.ranks=[4,1]", "clients.ranks_change=true"],
+    ),
     "rolora": ("optimizer", ["server.optimizer=fedyogi", "local.head=true"]),
     "lora-fair": ("optimizer", ["server.optimizer=fedavgm", "server.lr=0.5"]),
 }
@@ -321,6 +325,14 @@ def test_one_shot_merges_by_every_method_that_can(tmp_path):
         ("flora", ["server.optimizer=fedadam"], "FLoRA cannot go with server.optimizer=fedadam"),
         ("fedex", ["server.lr=0.5"], "FedEx-LoRA cannot go with server.optimizer=fedavg, lr 0.5"),
         ("flexlora", ["server.optimizer=fedavgm"], "FlexLoRA cannot go with"),
+        (
+            "flexlora",
+            ["server.optimizer=fedavgm", "method.gauge=reference", "method.energy=0.9"],
+            "its factors change basis or rank every round",
+        ),
+        ("flexlora", ["method.energy=0"], "method.energy must be above 0 and at most 1, got 0.0"),
+        ("flexlora", ["method.energy=all"], "method.energy must be a number, got 'all'"),
+        ("fedit", ["method.energy=0.9"], "unknown option 'method.energy' of fedit; it is of flex"),
         ("ffa", ["regauge=true"], "FFA-LoRA has one A for all clients, regauge gives each its"),
         ("rolora", ["start=own", "rounds=1"], "RoLoRA has one A for all clients, start=own gives"),
         ("fedsa", ["start=own", "rounds=1"], "FedSA-LoRA leaves B with the clients"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedrot.factors import Factors, truncate
+from fedrot.factors import Factors, padded, truncate
 from fedrot.methods import FedExLoRA, FedIT, FlexLoRA, FLoRA, LoRAFAIR
 from fedrot.methods.exact import truncation
 from fedrot.methods.fair import corrected
@@ -85,6 +85,79 @@ def test_flexlora_by_hand():
     folded = FedExLoRA().fold(uploads, FedExLoRA().aggregate(uploads, reference))
     # mean B mean A = [[1], [1]] [1, .5]
     torch.testing.assert_close(folded["m"], torch.tensor([[1.0, -0.5], [-1.0, 0.5]]))
+
+
+def test_the_rank_that_holds_the_energy_by_hand():
+    """The mean of diag(8, 0, 0), diag(0, 6, 0), diag(0, 0, 0), diag(0, 0, 2) of weight 1/4 each is
+    diag(2, 1.5, .5): squares 4, 2.25, .25 of 6.5, so shares .615, .962, 1 for ranks 1, 2, 3."""
+    uploads = [
+        Factors({"m": torch.eye(3)[[i]]}, {"m": value * torch.eye(3)[:, [i]]})
+        for i, value in ((0, 8.0), (1, 6.0), (0, 0.0), (2, 2.0))
+    ]
+    mean = torch.tensor([2.0, 1.5, 0.5])
+    for bound in (1, 2, 3):
+        reference = Factors({"m": torch.ones(bound, 3)}, {"m": torch.zeros(3, bound)})
+        for energy, rank in ((0.61, 1), (0.62, 2), (0.96, 2), (0.97, 3), (1.0, 3)):
+            wanted = min(rank, bound)
+            for gauge in ("singular", "reference"):
+                out = FlexLoRA(gauge, energy).aggregate(uploads, reference)
+                assert out.A["m"].shape == (wanted, 3) and out.B["m"].shape == (3, wanted)
+                best = torch.where(torch.arange(3) < wanted, mean, 0.0).diag()
+                torch.testing.assert_close(out.B["m"] @ out.A["m"], best, rtol=0, atol=1e-6)
+    alone = FlexLoRA("singular", 0.62).aggregate(uploads, reference, torch.tensor([0, 1.0, 1, 0]))
+    assert alone.A["m"].shape == (1, 3)
+
+
+@pytest.mark.parametrize("gauge", ["singular", "reference"])
+@pytest.mark.parametrize("ranks", [None, (4, 1, 2, 4, 3), (6, 1, 2, 7, 3)])
+def test_energy_decides_by_layer_up_to_the_reference(gauge, ranks):
+    """Layers differ in what they need; the result is the truncation to that rank."""
+    uploads, reference, weights = federation(ranks=None, drift=0.3)
+    if ranks:
+        uploads = [padded(truncate(u, r), r) for u, r in zip(uploads, ranks, strict=True)]
+    found = {}
+    for energy in (0.5, 0.8, 0.95, 1.0):
+        out = FlexLoRA(gauge, energy).aggregate(uploads, reference, weights)
+        found[energy] = {m: A.shape[0] for m, A in out.A.items()}
+        for module in SHAPES:
+            U, S, Vh = torch.linalg.svd(exact(uploads, module, weights), full_matrices=False)
+            kept = S.square().cumsum(0) / S.square().sum()
+            wanted = (
+                min(R, int((kept < energy - 1e-12).sum()) + 1) if energy < 1 else min(R, len(S))
+            )
+            assert found[energy][module] == wanted
+            best = (U[:, :wanted] * S[:wanted]) @ Vh[:wanted]
+            assert float((product(out, module) - best).abs().max()) < 1e-5 * float(S[0])
+    assert len({tuple(r.values()) for r in found.values()}) > 2
+    assert any(len(set(r.values())) > 1 for r in found.values())
+    whole = FlexLoRA(gauge).aggregate(uploads, reference, weights)
+    assert {m: A.shape[0] for m, A in whole.A.items()} == dict.fromkeys(SHAPES, R)
+
+
+def test_the_rank_can_rise_again():
+    """Two clients of rank 1 that go apart: their mean has rank 2."""
+    A = [torch.tensor([[1.0, 0]]), torch.tensor([[0.0, 1]])]
+    uploads = [Factors({"m": a}, {"m": a.T.clone()}) for a in A]
+    start = Factors({"m": torch.tensor([[1.0, 0]])}, {"m": torch.zeros(2, 1)})
+    reference = padded(start, 4)
+    out = FlexLoRA("reference", 0.9).aggregate(uploads, reference)
+    assert out.A["m"].shape == (2, 2)
+    torch.testing.assert_close(out.B["m"] @ out.A["m"], torch.eye(2) / 2)
+
+
+@pytest.mark.parametrize("gauge", ["singular", "reference"])
+def test_energy_of_an_update_of_zero(gauge):
+    uploads, reference, _ = federation()
+    zero = [Factors(u.A, {m: torch.zeros_like(B) for m, B in u.B.items()}) for u in uploads]
+    out = FlexLoRA(gauge, 0.9).aggregate(zero, reference)
+    assert all(A.shape[0] == 1 and bool(A.isfinite().all()) for A in out.A.values())
+    assert all(B.shape[1] == 1 and float(B.abs().max()) == 0 for B in out.B.values())
+
+
+@pytest.mark.parametrize("energy", [0.0, -1.0, 1.01, float("nan")])
+def test_energy_is_a_share(energy):
+    with pytest.raises(ValueError, match=f"energy must be above 0 and at most 1, got {energy}"):
+        FlexLoRA(energy=energy)
 
 
 def test_truncation_never_forms_the_product():

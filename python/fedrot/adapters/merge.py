@@ -131,10 +131,11 @@ class Merged:
     def _provenance(self) -> dict[str, Any]:
         uploads = self.uploads
         weights = uploads.weights.tolist()
+        options = {key: v for key, v in to_tree(self.method).items() if v is not None}
         return {
             "fedrot_version": __version__,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "method": {"name": self.method.name, **to_tree(self.method)},
+            "method": {"name": self.method.name, **options},
             "reference": _origin(uploads.target),
             "clients": [
                 {**_origin(adapter), "weight": weight}
@@ -202,6 +203,11 @@ def aggregate(
         method = FlexLoRA("reference") if auto else FedRot(lam=1.0)
     if method.folds or method.personal or method.same_A:
         raise FedrotError(f"method: {method.name} needs more than the adapters to merge them")
+    if method.chooses_ranks:
+        raise FedrotError(
+            f"method: a {method.name} with an energy is for rounds; here rank='auto' chooses the "
+            "ranks, and energy=... goes beside it"
+        )
     check_distinct(adapters)
     found = [read(source, f"adapters[{index}]") for index, source in enumerate(adapters)]
     if not found:

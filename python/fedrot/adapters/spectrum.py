@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from fedrot.adapters.uploads import Uploads, delta
 from fedrot.errors import FedrotError
-from fedrot.metrics import singular_values, total
+from fedrot.methods.energy import check_energy, rank_for, singular_values
+from fedrot.metrics import total
 
 ENERGY = 0.95
 
@@ -52,13 +52,15 @@ def measure_spectrum(uploads: Uploads, energy: float | None = None) -> Spectrum:
     energy = ENERGY if energy is None else energy
     if uploads.target.kind is not None:
         uploads.target.kind.check_rank(energy=energy)
-    if not 0 < energy <= 1:
-        raise FedrotError(f"energy must be above 0 and at most 1, got {energy}")
+    try:
+        check_energy(energy)
+    except ValueError as error:
+        raise FedrotError(str(error)) from None
     scaled = [delta(client, uploads.scalings) for client in uploads.clients]
     found = singular_values(scaled, uploads.weights)
     layers = uploads.target.keys.layers
     values = {name: _together([found[p] for p in n.pairs]) for name, n in layers.items()}
-    ranks = {name: _rank(v, energy) for name, v in values.items()}
+    ranks = {name: rank_for(v, energy) for name, v in values.items()}
     # Pairs of keys of which the configuration cannot say which parameter they adapt share one rank.
     shared: dict[tuple[str, ...], int] = {}
     for name, layer in layers.items():
@@ -71,15 +73,3 @@ def _together(values: list[Tensor]) -> Tensor:
     for v in values:
         squares[: len(v)] += v.square()
     return squares.sqrt()
-
-
-def _rank(values: Tensor, energy: float) -> int:
-    """The smallest rank without which no more than `1 - energy` of the squares is lost."""
-    squares = values.square().tolist()
-    # The tail is summed from its small end: with energy 1 the last value still counts.
-    may_lose = (1 - energy) * math.fsum(squares) * (1 + 1e-12)
-    lost, rank = 0.0, len(squares)
-    while rank > 1 and lost + squares[rank - 1] <= may_lose:
-        rank -= 1
-        lost += squares[rank]
-    return max(rank, 1)

@@ -83,6 +83,13 @@ def _print_result(run: Path, config: Tree, summary: dict[str, Any]) -> None:
             "accuracy: mean over the clients' own models; "
             f"of the averaged adapter {summary['accuracy_averaged']:.3f}"
         )
+    if ranks := summary.get("ranks"):
+        low, high = min(ranks.values()), max(ranks.values())
+        typer.echo(
+            f"ranks by layer: {low} to {high} after the last round, of at most "
+            f"{config['lora']['r']}; mean over the rounds {summary['rank']:.1f}, which kept "
+            f"{100 * summary['energy']:.4g} % of the energy"
+        )
     typer.echo(f"adapter  {run / 'adapter'}")
     if (merged := run / "merged.safetensors").is_file():
         typer.echo(f"merged   {merged}, to be added to the frozen weights")

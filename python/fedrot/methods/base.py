@@ -58,6 +58,11 @@ class Method(ABC):
         can follow it."""
         return not self.folds  # what was folded belongs to the factors as they are
 
+    @property
+    def chooses_ranks(self) -> bool:
+        """Whether layers of the aggregate may have a smaller rank than the reference."""
+        return False
+
     def parts(self, round: int) -> str:
         """Which factors the clients train in a round (from 0): ``"AB"``, ``"A"`` or ``"B"``."""
         return "AB"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from fedrot.factors import Factors
+from fedrot.factors import Factors, resized
 from fedrot.methods.base import Method, average, checked_weights, drawing, in_rspace, stacked, wide
+from fedrot.methods.energy import check_energy, rank_for, singular_values
 from fedrot_kernels import rspace
 
 
@@ -25,21 +26,31 @@ class FlexLoRA(Method):
     own rank. ``gauge="reference"``: the same product, rotated to the reference and with its ratio
     of norms, so that momentum and factors of clients that sat out still fit.
 
-    Clients may have any rank; r is the reference's, in each layer.
+    Clients may have any rank; r is the reference's, in each layer. With ``energy``, in (0, 1], r is
+    the smallest rank of the layer that holds this share of the squared singular values, and the
+    reference's is its bound. As clients add directions of their own, it can rise again.
     """
 
     name: ClassVar[str] = "FlexLoRA"
     truncates: ClassVar[bool] = True
 
     gauge: str = "singular"
+    energy: float | None = None
 
     def __post_init__(self) -> None:
         if self.gauge not in ("singular", "reference"):
             raise ValueError(f"gauge must be singular or reference, got {self.gauge!r}")
+        if self.energy is not None:
+            check_energy(self.energy)
 
     @property
     def steady_basis(self) -> bool:
-        return self.gauge == "reference"  # singular vectors turn and swap from round to round
+        # Singular vectors turn and swap from round to round; a rank may go and come.
+        return self.gauge == "reference" and not self.chooses_ranks
+
+    @property
+    def chooses_ranks(self) -> bool:
+        return self.energy is not None
 
     def aggregate(
         self,
@@ -51,10 +62,15 @@ class FlexLoRA(Method):
         generator: torch.Generator | None = None,
     ) -> Factors:
         checked_weights(uploads, reference, weights)  # and the layers
+        if self.energy is not None:
+            bounds = {module: A.shape[0] for module, A in reference.A.items()}
+            values = singular_values(uploads, weights)
+            ranks = {m: min(rank_for(values[m], self.energy), r) for m, r in bounds.items()}
+            reference = resized(reference, ranks)
         if self.gauge == "singular":
             return _singular(uploads, reference, weights)
-        ranks = {m: max(u.A[m].shape[0] for u in uploads) for m in reference.A}
-        if all(A.shape[0] == ranks[m] for m, A in reference.A.items()):
+        largest = {m: max(u.A[m].shape[0] for u in uploads) for m in reference.A}
+        if all(A.shape[0] == largest[m] for m, A in reference.A.items()):
             return in_rspace(uploads, reference, weights, rspace.truncation)
         # Gram blocks have the rank of the reference. A larger client does not fit in, and many
         # smaller ones fill them with zeros: let the truncation stand for all clients as one.

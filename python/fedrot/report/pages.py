@@ -24,6 +24,8 @@ COLUMNS = {
     "aggregation_error": ("error", ".3g"),
     "aggregation_error_plain": ("plain", ".3g"),
     "rotation_angle": ("angle", ".1f"),
+    "rank": ("rank", ".1f"),
+    "energy": ("energy", ".4f"),
     "seconds_local": ("local, s", ".2f"),
     "seconds_aggregation": ("aggr., s", ".4f"),
 }
@@ -52,7 +54,8 @@ def write_run_report(
         ("local training", f"{summary['seconds_local']:.1f} s"),
         ("aggregation", f"{summary['seconds_aggregation']:.3f} s"),
     ]
-    cells = [[format(row[key], form) for key, (_, form) in COLUMNS.items()] for row in rows]
+    columns = {key: column for key, column in COLUMNS.items() if key in rows[0]}
+    cells = [[format(row[key], form) for key, (_, form) in columns.items()] for row in rows]
     text = html.page(
         _title(config),
         f"{config.task.title}; {config.clients.count} clients, {config.rounds} "
@@ -62,8 +65,9 @@ def write_run_report(
         html.heading("Pictures"),
         *(html.figure(picture, caption) for picture, caption in pictures.values()),
         html.heading("Rounds"),
-        html.table([name for name, _ in COLUMNS.values()], cells, words=1),
+        html.table([name for name, _ in columns.values()], cells, words=1),
         html.paragraph(WORDS),
+        *_ranks(summary),
         html.heading("Configuration"),
         html.code(yaml.safe_dump(config.tree(), sort_keys=False)),
     )
@@ -82,7 +86,8 @@ def write_comparison_report(path: Path, comparison: Comparison, merge_command: s
             f"Accuracy: mean and sample standard deviation over {seeds} seed{_s(seeds)}; all "
             "methods see the same data, start and batches of a seed. Difference: paired by seed, "
             "against the first method. Error (aggregation error), plain (the same uploads "
-            "averaged factor by factor) and angle (degrees): means over seeds and rounds."
+            "averaged factor by factor), angle (degrees) and rank (of methods that choose it, mean "
+            "of the layers): means over seeds and rounds."
         ),
         html.heading("Settings"),
         *(
@@ -109,20 +114,22 @@ def write_comparison_report(path: Path, comparison: Comparison, merge_command: s
 
 def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table, for the page and for the terminal."""
-    header = ["setting", "method", "accuracy", "difference", "error", "plain", "angle"]
+    shown = [mean for mean in MEANS if any(g.values(mean[0]) for g in comparison.groups)]
+    header = ["setting", "method", "accuracy", "difference", *(name for _, name, _ in shown)]
     rows = []
     for group in comparison.groups:
         accuracy = _spread(mean_std(group.values("accuracy")), ".3f")
         difference = _spread(comparison.difference(group), "+.3f").replace("± +", "± ")
-        means = [_mean(mean_std(group.values(key)), form) for key, form in MEANS]
+        means = [_mean(mean_std(group.values(key)), form) for key, _, form in shown]
         rows.append([group.label, group.method, accuracy, difference, *means])
     return header, rows
 
 
 MEANS = (
-    ("aggregation_error", ".3f"),
-    ("aggregation_error_plain", ".3f"),
-    ("rotation_angle", ".1f"),
+    ("aggregation_error", "error", ".3f"),
+    ("aggregation_error_plain", "plain", ".3f"),
+    ("rotation_angle", "angle", ".1f"),
+    ("rank", "rank", ".1f"),  # of methods that choose it
 )
 
 
@@ -180,6 +187,21 @@ def _client_fact(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("one client alone, mean", f"{summary['client_accuracy']:.3f}")]
 
 
+def _ranks(summary: Mapping[str, Any]) -> list[str]:
+    """The ranks that the method chose, where it did."""
+    if "ranks" not in summary:
+        return []
+    cells = [[module, str(rank)] for module, rank in summary["ranks"].items()]
+    return [
+        html.paragraph(
+            "Rank: mean over the layers of what the method chose. Energy: the share of the squared "
+            "singular values of the mean of B_i A_i that these ranks keep, over all layers."
+        ),
+        html.heading("Ranks after the last round"),
+        html.table(["layer", "rank"], cells, words=1),
+    ]
+
+
 Pictures = dict[str, tuple[html.Picture, str]]  # file name -> (PNG, caption)
 
 
@@ -201,7 +223,7 @@ def _run_pictures(config: Config, summary: Mapping[str, Any], rows: Sequence[Row
             ),
         }
     start = summary["start"]["accuracy"]
-    return {
+    pictures: Pictures = {
         "accuracy.png": (
             partial(plots.accuracy_over_rounds, rows, start, title),
             "Test accuracy of the global model.",
@@ -212,6 +234,12 @@ def _run_pictures(config: Config, summary: Mapping[str, Any], rows: Sequence[Row
             "far clients are turned away from the reference.",
         ),
     }
+    if "ranks" in last:
+        pictures["ranks.png"] = (
+            partial(plots.ranks_over_rounds, rows, config.lora.r, title),
+            "Rank of every layer (thin), their mean (thick) and the largest possible (dashed).",
+        )
+    return pictures
 
 
 def _comparison_pictures(comparison: Comparison) -> Pictures:

@@ -76,6 +76,24 @@ def alignment_over_rounds(rows: Rows, method: str, title: str, theme: str = "lig
         return png_bytes(figure)
 
 
+def ranks_over_rounds(rows: Rows, largest: int, title: str, theme: str = "light") -> bytes:
+    """The rank that each layer got in every round, their mean, and the largest possible."""
+    with themed_figure(theme, 1, width=6.4) as (figure, (ax,)):
+        rounds = [row["round"] for row in rows]
+        for module in rows[0]["ranks"]:
+            ranks = [row["ranks"][module] for row in rows]
+            ax.plot(rounds, ranks, color=COLORS[0], alpha=0.4, linewidth=1)
+        means = [row["rank"] for row in rows]
+        ax.plot(rounds, means, color=COLORS[0], linewidth=2.5, marker="o", markersize=3.5)
+        ax.axhline(largest, color=PLAIN, linestyle="--", linewidth=1)
+        ax.set_ylabel("rank")
+        ax.set_ylim(0, largest + 0.5)
+        ax.yaxis.get_major_locator().set_params(integer=True)
+        _title(ax, title)
+        _rounds_axis(ax, len(rows), from_zero=False)
+        return png_bytes(figure)
+
+
 def mean_curves(
     curves: Mapping[str, Sequence[Sequence[float]]], title: str, theme: str = "light"
 ) -> bytes:

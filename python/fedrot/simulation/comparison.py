@@ -13,7 +13,7 @@ from fedrot.errors import FedrotError
 from fedrot.files import write_json
 from fedrot.methods import METHODS
 from fedrot.options import Tree, flatten, merge, parse_overrides, pick, read_yaml
-from fedrot.report.pages import write_comparison_report
+from fedrot.report.pages import MEANS, write_comparison_report
 from fedrot.report.results import Comparison, Group, clients_alone, mean_std
 from fedrot.simulation.rounds import federate
 from fedrot.simulation.run_dir import RunDir
@@ -172,7 +172,7 @@ def _summary(result: Comparison) -> dict[str, Any]:
     for group in result.groups:
         row: dict[str, Any] = {"setting": group.setting, "synthetic": group.synthetic}
         row["method"] = group.method
-        for key in ("accuracy", "aggregation_error", "aggregation_error_plain", "rotation_angle"):
+        for key in ("accuracy", *(key for key, _, _ in MEANS)):
             if (found := mean_std(group.values(key))) is not None:
                 row[key] = {"mean": found[0], "std": found[1], "values": group.values(key)}
         if (difference := result.difference(group)) is not None:

@@ -15,16 +15,14 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedrot import __version__
 from fedrot.config import Config
 from fedrot.errors import Diverged, FedrotError
 from fedrot.factors import Factors, padded, truncate
 from fedrot.files import new_file
 from fedrot.gauge import regauge
-from fedrot.methods import FedIT, Server
-from fedrot.metrics import aggregation_error, rotation_angles, total
+from fedrot.methods import Server
 from fedrot.report.pages import write_run_report
-from fedrot.server import Update, Upload, serve
+from fedrot.server import Upload, serve
 from fedrot.simulation import attacks, checkpoint, loggers
 from fedrot.simulation.adapter import (
     FrozenWeights,
@@ -39,6 +37,7 @@ from fedrot.simulation.adapter import (
 )
 from fedrot.simulation.grouped import mixed_layer
 from fedrot.simulation.local import draw_batches, train_clients
+from fedrot.simulation.measures import alignment, chosen_ranks, summarised
 from fedrot.simulation.memory import Memory, remember
 from fedrot.simulation.run_dir import Row, RunDir, open_run
 from fedrot.simulation.seeding import generator
@@ -141,7 +140,7 @@ def federate(
                 run.write_rows(rows)
                 checkpoint.save(run.checkpoint, server)
                 logged(row)
-        summary = _summary(federation, rows)
+        summary = summarised(federation, rows)
         _save_model(federation, run, server)
         if report:
             write_run_report(run.path, config, summary, rows)
@@ -224,7 +223,8 @@ def run_round(
         "round": update.server.rounds,
         **federation.evaluate(update.server),
         "train_loss": uploads.train_loss,
-        **_alignment(uploads, update),
+        **alignment(uploads, update),
+        **(chosen_ranks(uploads, update) if config.method.chooses_ranks else {}),
         "seconds_local": uploads.seconds,
         "seconds_aggregation": seconds,
     }
@@ -300,20 +300,10 @@ def _uploads(
     if config.clients.weights == "samples":
         weights = torch.tensor([float(len(federation.examples[u.client])) for u in clients])
     if config.start == "own":
-        reference = padded(clients[0].factors, config.lora.r)
+        reference = clients[0].factors
+    # Chosen ranks may be smaller; the next ones may be as large as those of the model.
+    reference = padded(reference, config.lora.r)
     return Uploads(clients, reference, weights, loss, seconds)
-
-
-def _alignment(uploads: Uploads, update: Update) -> Row:
-    """How far the uploads were apart, and what the method and plain averaging lose on them."""
-    factors, weights = uploads.factors, uploads.weights
-    plain = FedIT().aggregate(factors, uploads.reference, weights)
-    error = aggregation_error(factors, update.aggregate, weights, update.folded)
-    return {
-        "aggregation_error": total(error),
-        "aggregation_error_plain": total(aggregation_error(factors, plain, weights)),
-        "rotation_angle": float(rotation_angles(factors, uploads.reference).mean()),
-    }
 
 
 def _write_clients(model: PeftModel, run: RunDir, uploads: Sequence[Upload]) -> None:
@@ -334,32 +324,6 @@ def _read_uploads(federation: Federation, run: RunDir) -> Uploads:
     )
 
 
-def _summary(federation: Federation, rows: list[Row]) -> dict[str, Any]:
-    config, last = federation.config, rows[-1]
-    scores = [key for key in last if key.startswith(("accuracy", "loss"))]
-    summary = {
-        "method": config.method.name,
-        "setting": config.setting,
-        "synthetic": config.synthetic,
-        "seed": config.seed,
-        "rounds": config.rounds,
-        **{key: last[key] for key in scores},
-        "start": federation.evaluate(federation.start()),
-        "client_examples": [len(examples) for examples in federation.examples],
-        "test_examples": len(federation.data.test["labels"]),
-        **_means(rows, "aggregation_error", "aggregation_error_plain", "rotation_angle"),
-        "seconds_local": math.fsum(row["seconds_local"] for row in rows),
-        "seconds_aggregation": math.fsum(row["seconds_aggregation"] for row in rows),
-        **federation.data.facts,
-        "device": str(federation.model.device),
-        "version": __version__,
-    }
-    if "client_accuracies" in last:
-        alone = last["client_accuracies"]
-        summary["client_accuracy"] = math.fsum(alone) / len(alone)
-    return summary
-
-
 def _save_model(federation: Federation, run: RunDir, server: Server) -> None:
     """The global adapter; the changed frozen weights and the clients' own adapters if any."""
     save_adapter(federation.model, server.factors, run.adapter, server.head)
@@ -372,10 +336,6 @@ def _save_model(federation: Federation, run: RunDir, server: Server) -> None:
         rank = federation.config.clients.rank(client)
         own = federation.config.method.download(server, client, rank)
         save_adapter(federation.model, own, run.client(client), server.head)
-
-
-def _means(rows: list[Row], *keys: str) -> dict[str, float]:
-    return {key: math.fsum(row[key] for row in rows) / len(rows) for key in keys}
 
 
 def _check_converging(clients: Sequence[int], losses: Tensor, round: int, lr: float) -> None:

@@ -1,0 +1,80 @@
+"""Ranks by energy in a small federation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import SMALL, SMALL_ONE_SHOT
+
+from fedrot.config import load
+from fedrot.options import merge, parse_overrides
+from fedrot.simulation.adapter import load_adapter
+from fedrot.simulation.rounds import federate, prepare, run_round, train_round
+from fedrot.simulation.run_dir import RunDir
+
+
+def small(*options, setting="rounds"):
+    base = SMALL_ONE_SHOT if setting == "one-shot" else SMALL
+    chosen = {"setting": setting, "method": {"name": "flexlora"}}
+    return load(merge(chosen, parse_overrides([*base, *options])))
+
+
+CHANGING = ("clients.ranks=[4,1,2]", "clients.ranks_change=true", "local.steps=10")
+
+
+@pytest.mark.parametrize("gauge", ["singular", "reference"])
+def test_ranks_by_energy_over_the_rounds(gauge, tmp_path):
+    """Every layer gets the rank that the mean of the round's uploads needs; the next round's
+    clients start from that, in their own rank where it is smaller."""
+    options = ("method.energy=0.9", f"method.gauge={gauge}", "local.lr=1", *CHANGING)
+    config = small(*options)
+    federation, run = prepare(config), RunDir(tmp_path / "none")
+    server, seen = federation.start(), []
+    for round in range(3):
+        uploads = train_round(federation, server)
+        for upload in uploads.clients:
+            rank = config.clients.rank(upload.client, round)
+            for m, A in upload.factors.A.items():
+                assert A.shape[0] == min(rank, server.factors.A[m].shape[0])
+        server, row = run_round(federation, run, server)
+        lost = whole = 0.0
+        for m, A in server.factors.A.items():
+            mean = sum(u.B[m].double() @ u.A[m].double() for u in uploads.factors) / 4
+            U, S, Vh = torch.linalg.svd(mean)
+            kept = S.square().cumsum(0) / S.square().sum()
+            rank = min(4, int((kept < 0.9).sum()) + 1)
+            assert A.shape[0] == rank == row["ranks"][m]
+            product = server.factors.B[m].double() @ A.double()
+            assert float((product - (U[:, :rank] * S[:rank]) @ Vh[:rank]).norm()) < 1e-5 * S[0]
+            lost += float(S[rank:].square().sum())
+            whole += float(S.square().sum())
+        assert row["rank"] == sum(row["ranks"].values()) / len(row["ranks"])
+        assert row["energy"] == pytest.approx(1 - lost / whole, abs=1e-6)
+        seen.append(row["ranks"])
+    assert len({tuple(ranks.values()) for ranks in seen}) > 1
+    summary = federate(config, tmp_path / "run")
+    rows = RunDir(tmp_path / "run").rows()
+    assert [row["ranks"] for row in rows] == seen and summary["ranks"] == seen[-1]
+    assert summary["rank"] == pytest.approx(sum(row["rank"] for row in rows) / 3)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Ranks after the last round" in page and (tmp_path / "run" / "ranks.png").is_file()
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"rank", "energy"} < set(header) and "ranks" not in header
+    # The folder has one rank for all layers; the rows beyond a layer's own are zero.
+    stored = load_adapter(federation.model, tmp_path / "run" / "adapter")
+    for m, rank in summary["ranks"].items():
+        assert stored.A[m].shape[0] == 4 and torch.count_nonzero(stored.A[m][rank:]) == 0
+        assert torch.equal(stored.A[m][:rank], server.factors.A[m])
+        assert torch.equal(stored.B[m][:, :rank], server.factors.B[m])
+
+
+def test_ranks_by_energy_in_one_shot(tmp_path):
+    """No reference but the first client, of rank 1; the bound is lora.r."""
+    chosen = {}
+    for energy in (0.5, 1):
+        options = ("clients.ranks=[1,4]", f"method.energy={energy}")
+        source = tmp_path / "0.5" if chosen else None
+        config = small(*options, setting="one-shot")
+        summary = federate(config, tmp_path / str(energy), uploads_from=source)
+        chosen[energy] = set(summary["ranks"].values())
+    assert max(chosen[0.5]) < 4 and chosen[1] == {4}
