@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.exception import AggregationError
-from flwr.serverapp.strategy import (
-    DifferentialPrivacyClientSideAdaptiveClipping,
-    DifferentialPrivacyClientSideFixedClipping,
-    DifferentialPrivacyServerSideAdaptiveClipping,
-    DifferentialPrivacyServerSideFixedClipping,
-    FedAvg,
-    Strategy,
-)
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fedrot import methods
 from fedrot.factors import Factors
-from fedrot.flower.records import Reference, Values, decode, not_finite
+from fedrot.flower.at_once import FedLoRA
+from fedrot.flower.rounds import CLIENT_SIDE_CLIPPING, Rounds, weight_of
 from fedrot.streaming import StreamingAggregator
-
-CLIENT_SIDE_CLIPPING = (
-    DifferentialPrivacyClientSideAdaptiveClipping,
-    DifferentialPrivacyClientSideFixedClipping,
-)
-CLIPPING = (
-    *CLIENT_SIDE_CLIPPING,
-    DifferentialPrivacyServerSideAdaptiveClipping,
-    DifferentialPrivacyServerSideFixedClipping,
-)
 
 logger = logging.getLogger("flwr")
 
@@ -165,27 +146,14 @@ class FedRotAvg(FedAvg):
             if upload is not None:
                 client = alignment.reference.take(upload.values, upload.who)
                 aggregator = aggregator or alignment.aggregator(client, round)
-                aggregator.accept(client, self._weight(reply, upload.who), name=upload.who)
-                factors = alignment.reference.tensors
-                reply.content[upload.key] = ArrayRecord(
-                    {key: array for key, array in upload.record.items() if key not in factors}
-                )
+                weight = weight_of(reply, self.weighted_by_key, upload.who)
+                aggregator.accept(client, weight, name=upload.who)
+                reply.content[upload.key] = alignment.rest(upload)
             kept.append(reply)
         new = alignment.reference.put(aggregator.finish()) if aggregator else {}
         # FedAvg averages what is left of the replies, and their metrics.
         arrays, metrics = super().aggregate_train(round, kept)
-        if arrays is None:
-            return None, metrics
-        new.update(arrays)
-        in_order = dict.fromkeys([*alignment.reference.record, *new])
-        return ArrayRecord({key: new[key] for key in in_order if key in new}), metrics
-
-    def _weight(self, reply: Message, who: str) -> float:
-        for measured in reply.content.metric_records.values():
-            weight = measured.get(self.weighted_by_key)
-            if isinstance(weight, int | float):
-                return float(weight)
-        raise ValueError(f"{who}: the reply's metrics have no number {self.weighted_by_key!r}")
+        return (None if arrays is None else alignment.together(new, arrays)), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -194,20 +162,22 @@ class FedRotAvg(FedAvg):
         return super().configure_evaluate(round, arrays, config, grid)
 
 
-class _Alignment:
-    """The options that both strategies have, and the global arrays of the round."""
+class _Alignment(Rounds):
+    """What ``FedRot`` and ``FedRotAvg`` rotate by."""
 
     def __init__(
         self, lam: float, align: str, proper: bool, nonfinite: str, rounds_done: int
     ) -> None:
-        if nonfinite not in ("raise", "drop"):
-            raise ValueError(f"nonfinite must be raise or drop, got {nonfinite!r}")
-        if rounds_done < 0:
-            raise ValueError(f"rounds_done must not be negative, got {rounds_done}")
+        super().__init__(nonfinite, rounds_done)
         self.method = methods.FedRot.one_by_one(lam, align, proper)
-        self.drop = nonfinite == "drop"
-        self.rounds_done = rounds_done
-        self._reference: Reference | None = None
+
+    def refusal(self, wrapper: type) -> str:
+        name = wrapper.__name__
+        return f"{name} around FedRot clips before FedRot rotates; " + (
+            "put fedrot_mod after the clipping mod in the clients' list of mods instead"
+            if issubclass(wrapper, CLIENT_SIDE_CLIPPING)
+            else f"write FedRot({name}(...))"
+        )
 
     def summary(self) -> None:
         method = self.method
@@ -216,21 +186,6 @@ class _Alignment:
         logger.info("\t│\t├── Rotations: %s", "proper" if method.proper else "with reflections")
         logger.info("\t│\t└── Rounds done before: %d", self.rounds_done)
 
-    def round(self, server_round: int) -> int:
-        return server_round + self.rounds_done
-
-    def begin(self, server_round: int, arrays: ArrayRecord) -> int:
-        """Keep the arrays: they never reach ``aggregate_train``, and are what to align with."""
-        _check_outside()
-        self._reference = Reference.of(arrays)
-        return self.round(server_round)
-
-    @property
-    def reference(self) -> Reference:
-        if self._reference is None:
-            raise AggregationError("configure_train must come before aggregate_train")
-        return self._reference
-
     def aggregator(self, first: Factors, round: int) -> StreamingAggregator:
         """For a round; its result has the type of the first client's factors."""
         dtype = next(iter(first.A.values())).dtype
@@ -238,42 +193,6 @@ class _Alignment:
         return StreamingAggregator(
             self.reference.factors(dtype), lam=float(lam), align=align, proper=self.method.proper
         )
-
-    def received(self, replies: Iterable[Message]) -> Iterator[tuple[Message, _Upload | None]]:
-        """Every reply with what it holds, ``None`` for one that is an error, less those dropped.
-
-        Raises:
-            ValueError: a client has not one record, or (unless it is dropped) a NaN or infinity.
-        """
-        for reply in replies:
-            if reply.has_error():
-                yield reply, None
-                continue
-            upload = _Upload.of(reply)
-            if (key := not_finite(upload.values)) is None:
-                yield reply, upload
-            elif self.drop:
-                logger.warning("%s is left out: %r holds a NaN or infinity", upload.who, key)
-            else:
-                raise ValueError(f"{upload.who}: {key!r} holds a NaN or infinity")
-
-
-@dataclass(frozen=True)
-class _Upload:
-    """What one client sent: its name in errors, its only record with its key, decoded."""
-
-    who: str
-    key: str
-    record: ArrayRecord
-    values: Values
-
-    @classmethod
-    def of(cls, reply: Message) -> _Upload:
-        who, records = f"node {reply.metadata.src_node_id}", reply.content.array_records
-        if len(records) != 1:
-            raise ValueError(f"{who}: the reply must hold one ArrayRecord, got {len(records)}")
-        ((key, record),) = records.items()
-        return cls(who, key, record, decode(record))
 
 
 def _typed_like(given: ArrayRecord, arrays: ArrayRecord) -> ArrayRecord:
@@ -305,24 +224,6 @@ def _check_inside(strategy: Strategy) -> None:
             )
         if isinstance(inner, FedRot | FedRotAvg):
             raise ValueError(f"FedRot around {name}: the replies would be rotated twice")
+        if isinstance(inner, FedLoRA):
+            raise ValueError(f"FedRot around {name}: its method takes the replies as they are")
         inner = getattr(inner, "strategy", None)
-
-
-def _check_outside() -> None:
-    """Raise where a wrapper that clips calls this strategy: it clips before the rotation.
-
-    A strategy does not get to know what it was put into, so the stack has to tell.
-    """
-    frame = inspect.currentframe()
-    while frame := frame.f_back if frame else None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, CLIPPING):
-            name = type(caller).__name__
-            raise ValueError(
-                f"{name} around FedRot clips before FedRot rotates; "
-                + (
-                    "put fedrot_mod after the clipping mod in the clients' list of mods instead"
-                    if isinstance(caller, CLIENT_SIDE_CLIPPING)
-                    else f"write FedRot({name}(...))"
-                )
-            )
