@@ -141,7 +141,7 @@ REFUSED = [
     (methods.FedSALoRA(), "method: FedSA-LoRA leaves B with the clients"),
     (methods.FFALoRA(), "method: FFA-LoRA trains one factor at a time"),
     (methods.RoLoRA(), "method: RoLoRA trains one factor at a time"),
-    (methods.FedRot(lag=2), "FedRot-LoRA with lag=2 needs the global factors of two rounds"),
+    (methods.FedRot(lag=2), "FedRot-LoRA with lag=2 needs the global factors of an earlier round"),
 ]
 
 

@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedrot.factors import Factors, resized
 from fedrot.flower.rounds import Rounds, logger, weight_of
-from fedrot.methods import FedRot, Method
+from fedrot.methods import Method
 
 
 class FedLoRA(FedAvg):
@@ -95,7 +95,10 @@ class _Method(Rounds):
 
     def __init__(self, method: Method, nonfinite: str, rounds_done: int) -> None:
         super().__init__(nonfinite, rounds_done)
-        self.method = checked(method)
+        if not isinstance(method, Method):
+            raise TypeError(f"method must be one of fedrot.methods, got {method!r}")
+        method.check_stateless()
+        self.method = method
 
     def refusal(self, wrapper: type) -> str:
         return (
@@ -118,25 +121,3 @@ class _Method(Rounds):
         tensors = self.reference.tensors
         ranks = {layer: len(tensors[key_A]) for layer, (key_A, _) in self.reference.layers.items()}
         return resized(factors, ranks)
-
-
-def checked(method: Method) -> Method:
-    """The method, if its new global adapter is all that clients need.
-
-    Raises:
-        ValueError: it is not.
-        TypeError: it is no method.
-    """
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be one of fedrot.methods, got {method!r}")
-    why = {
-        "folds into the frozen weights, which are not among the arrays": method.folds,
-        "leaves B with the clients": method.personal,
-        "trains one factor at a time, which is the clients' part": method.same_A,
-        "with lag=2 needs the global factors of two rounds": isinstance(method, FedRot)
-        and method.lag != 1,
-    }
-    for reason, found in why.items():
-        if found:
-            raise ValueError(f"method: {method.name} {reason}")
-    return method

@@ -63,6 +63,17 @@ class Method(ABC):
         """Whether layers of the aggregate may have a smaller rank than the reference."""
         return False
 
+    def check_stateless(self) -> None:
+        """For engines that keep no :class:`Server`: raise ValueError unless the new global adapter
+        is all that the next round needs."""
+        for reason, found in (
+            ("folds into the frozen weights, which stay with the clients", self.folds),
+            ("leaves B with the clients", self.personal),
+            ("trains one factor at a time, which is the clients' part", self.same_A),
+        ):
+            if found:
+                raise ValueError(f"method: {self.name} {reason}")
+
     def parts(self, round: int) -> str:
         """Which factors the clients train in a round (from 0): ``"AB"``, ``"A"`` or ``"B"``."""
         return "AB"

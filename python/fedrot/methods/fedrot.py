@@ -79,6 +79,13 @@ class FedRot(Method):
             raise ValueError(f"lam must be a number, got 'auto'; {at_once}")
         return cls(lam, align, proper)
 
+    def check_stateless(self) -> None:
+        if self.lag != 1:
+            raise ValueError(
+                f"method: {self.name} with lag={self.lag} needs the global factors of an earlier "
+                "round"
+            )
+
     def reference(self, server: Server) -> Factors:
         return server.previous if self.lag == 2 and server.previous else server.factors
 

@@ -1,0 +1,220 @@
+"""`FedLoRAAggregator`: methods that look at all clients of a round."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+pytest.importorskip(
+    "nvflare.apis", reason="NVFLARE is not installed: pip install 'fedrot[nvflare]'"
+)
+
+from two_clients import (
+    EYE,
+    FIRST,
+    GLOBAL,
+    HEAD,
+    HEAD_MEAN,
+    QUARTER,
+    SECOND,
+    A,
+    B,
+    averaged,
+    check,
+    client,
+    of_two,
+    send,
+)
+
+from fedrot.errors import FedrotError
+from fedrot.factors import Factors
+from fedrot.methods import FedRot, Robust
+from fedrot.nvflare import FedLoRAAggregator, FedRotAggregator
+
+# In a basis of its own again, and far off: aligned it is 100 times the global model.
+BAD = {A: 100 * QUARTER, B: 100 * QUARTER.T, HEAD: torch.tensor([2.0, 6.0])}
+THREE = (client(FIRST, 3), client(SECOND, 1, "site-2"), client(BAD, 8, "site-3"))
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed"])
+def test_the_middle_of_three_by_hand(rule):
+    """Aligned they are 2, 4 and 100 times the global factors, one vote each."""
+    aggregator = FedLoRAAggregator("robust", {"rule": rule})
+    send(aggregator, GLOBAL)
+    params = averaged(aggregator, *THREE).params
+    # The head is no part of the rule: (3 [1, -1] + [3, 1] + 8 [2, 6]) / 12.
+    check(params, A=4 * EYE, B=4 * EYE, head=torch.tensor([22 / 12, 46 / 12]))
+    assert list(params) == [A, B, HEAD]
+
+
+def test_krum_by_hand():
+    """Products 4 I, 5 I, 6.25 I and 10^4 I: with one attacker of four a score is the distance to
+    the nearest other, 1, 1 and 1.25 |I|. The first two are equal, and the first name wins."""
+    scales = {"site-1": 2.0, "site-2": 5**0.5, "site-3": 2.5, "site-4": 100.0}
+    honest = [
+        client({A: s * R.T, B: s * R, HEAD: torch.zeros(2)}, 1, name)
+        for (name, s), R in zip(scales.items(), (EYE, QUARTER, -EYE, QUARTER), strict=True)
+    ]
+    results = []
+    for order in itertools.permutations(honest):
+        aggregator = FedLoRAAggregator("robust", {"rule": "krum"})
+        send(aggregator, GLOBAL)
+        results.append(averaged(aggregator, *order).params)
+    for params in results:  # whoever comes first
+        check(params, A=2 * EYE, B=2 * EYE)
+
+
+def test_clipping_by_hand():
+    """Changes of the reference: I and 3 I in both factors, lengths 2 and 6. With bound 3 the second
+    is halved, and (3 I + 1.5 I) / 4 = 1.125 I is what is left."""
+    aggregator = FedLoRAAggregator("robust", {"rule": "clip", "bound": 3.0})
+    check(of_two(aggregator), A=2.125 * EYE, B=2.125 * EYE, head=HEAD_MEAN)
+    # Without a bound, the median of the lengths, 4: 2 / 3 of the second, (3 I + 2 I) / 4.
+    aggregator = FedLoRAAggregator("robust", {"rule": "clip"})
+    check(of_two(aggregator), A=2.25 * EYE, B=2.25 * EYE, head=HEAD_MEAN)
+
+
+@pytest.mark.parametrize(("bound", "kept"), [(3.0, False), (0.0, True)])
+def test_only_clipping_by_a_bound_needs_no_client_for_long(bound, kept):
+    aggregator = FedLoRAAggregator("robust", {"rule": "clip", "bound": bound})
+    send(aggregator, GLOBAL)
+    aggregator.accept_model(client(FIRST, 3))
+    tensor = 4 * QUARTER.T
+    memory = StorageWeakRef(tensor.untyped_storage())
+    aggregator.accept_model(client({**SECOND, A: tensor}, 1, "site-2"))
+    del tensor
+    gc.collect()
+    assert memory.expired() != kept
+    aggregator.aggregate_model()
+    gc.collect()
+    assert memory.expired()
+
+
+@pytest.mark.parametrize(("energy", "rank"), [(0.55, 1), (0.56, 2)])
+def test_ranks_by_energy_by_hand(energy, rank):
+    """(diag(8, 0) + 3 diag(0, 3)) / 4 = diag(2, 2.25), .559 of whose squares are in the second."""
+    aggregator = FedLoRAAggregator("flexlora", {"energy": energy})
+    send(aggregator, GLOBAL)
+    one = {A: 2 * EYE, B: torch.tensor([[4.0, 0], [0, 0]]), HEAD: torch.zeros(2)}
+    other = {A: torch.tensor([[0.0, 3], [0, 0]]), B: torch.tensor([[0.0, 0], [1, 0]])}
+    two = client(one, 1), client({**other, HEAD: torch.zeros(2)}, 3, "site-2")
+    params = averaged(aggregator, *two).params
+    mean = torch.tensor([2.0 if rank == 2 else 0.0, 2.25]).diag()
+    torch.testing.assert_close(params[B] @ params[A], mean, rtol=0, atol=1e-6)
+    assert params[A].shape == (2, 2) and torch.count_nonzero(params[A][rank:]) == 0
+    assert torch.count_nonzero(params[B][:, rank:]) == 0
+
+
+@pytest.mark.parametrize("params_type", ["FULL", "DIFF"])
+@pytest.mark.parametrize(
+    ("name", "options", "method"),
+    [
+        ("fedrot", {"lam": "auto", "align": "gpa"}, FedRot("auto", "gpa")),
+        ("fedrot", {"lam": 1.0, "align": "optimal"}, FedRot(1.0, "optimal")),
+        ("fedrot", {"lam": 0.7, "align": "alternate"}, FedRot(0.7, "alternate")),
+        ("robust", {"rule": "multi-krum", "attackers": 2}, Robust("multi-krum", 2)),
+    ],
+)
+def test_same_as_the_method(name, options, method, params_type):
+    g = torch.Generator().manual_seed(0)
+
+    def draw():
+        return {A: torch.randn(3, 5, generator=g), B: torch.randn(4, 3, generator=g)}
+
+    start, clients, steps = draw(), [draw() for _ in range(5)], [1.0, 2.0, 5.0, 1.0, 4.0]
+    aggregator = FedLoRAAggregator(name, options)
+    send(aggregator, start, 2)
+    difference = params_type == "DIFF"
+    sent = [
+        client(
+            {key: value - start[key] if difference else value for key, value in params.items()},
+            step,
+            f"site-{i}",
+            params_type=params_type,
+        )
+        for i, (params, step) in enumerate(zip(clients, steps, strict=True))
+    ]
+    found = averaged(aggregator, *reversed(sent)).params
+    uploads = [Factors({"q": p[A]}, {"q": p[B]}) for p in clients]
+    reference = Factors({"q": start[A]}, {"q": start[B]})
+    wanted = method.aggregate(uploads, reference, torch.tensor(steps), round=2)
+    for key, tensor in ((A, wanted.A["q"]), (B, wanted.B["q"])):
+        got = found[key] + start[key] if difference else found[key]
+        torch.testing.assert_close(got, tensor, rtol=0, atol=2e-5 if difference else 0)
+
+
+def test_not_finite():
+    bad = client({**SECOND, B: torch.full((2, 2), float("nan"))}, 1, "site-2")
+    aggregator = FedLoRAAggregator("robust")
+    send(aggregator, GLOBAL)
+    with pytest.raises(ValueError, match=r"client 'site-2': lora_B of layer .*q has values that"):
+        aggregator.accept_model(bad)
+    with pytest.raises(ValueError, match="not finite"):
+        aggregator.aggregate_model()
+    aggregator = FedLoRAAggregator("robust", nonfinite="drop")
+    send(aggregator, GLOBAL)
+    check(averaged(aggregator, bad, client(FIRST, 3)).params, A=2 * EYE, B=2 * EYE)
+    send(aggregator, GLOBAL, 1)
+    with pytest.raises(ValueError, match="at least one client"):
+        averaged(aggregator, bad)
+
+
+def test_too_few_clients_end_the_job():
+    with pytest.raises(ValueError, match="attackers must be at most N - 3 = -1 for Krum, got 1"):
+        of_two(FedLoRAAggregator("robust", {"rule": "krum"}))
+    aggregator = FedLoRAAggregator("robust", {"rule": "median"})
+    send(aggregator, GLOBAL)
+    with pytest.raises(ValueError, match="all 1 are zero"):
+        averaged(aggregator, client(FIRST, 0))
+
+
+def test_alternate_needs_the_round():
+    aggregator = FedLoRAAggregator("fedrot", {"align": "alternate"})
+    with pytest.raises(ValueError, match="align=alternate needs current_round"):
+        of_two(aggregator, round=None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("robbust",), "unknown method 'robbust'; did you mean 'robust'"),
+        (("robust", {"rule": "mean"}), r"options.rule must be median, .*, got 'mean'"),
+        (("robust", {"rules": "krum"}), "unknown option 'options.rules'; did you mean"),
+        (("flexlora", {"energy": 2}), "options.energy must be above 0 and at most 1, got 2.0"),
+        (("flora",), "method: FLoRA folds into the frozen weights"),
+        (("fedsa",), "method: FedSA-LoRA leaves B with the clients"),
+        (("ffa",), "method: FFA-LoRA trains one factor at a time"),
+        (("fedrot", {"lag": 2}), "FedRot-LoRA with lag=2 needs the global factors of an earlier"),
+    ],
+)
+def test_refused(arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        FedLoRAAggregator(*arguments)
+    assert isinstance(caught.value, FedrotError) or "method:" in message or "lag" in message
+
+
+def test_options_survive_the_job_configuration(tmp_path):
+    import json
+
+    from nvflare.app_common.workflows.fedavg import FedAvg
+    from nvflare.job_config.api import FedJob
+
+    options = {"method": "robust", "options": {"rule": "krum", "attackers": 2}, "nonfinite": "drop"}
+    job = FedJob("job")
+    job.set_app_packages(["fedrot"])
+    job.to_server(FedAvg(aggregator=FedLoRAAggregator(**options)))
+    job.export_job(str(tmp_path))
+    config = json.loads((tmp_path / "job/app_server/config/config_fed_server.json").read_text())
+    assert config["workflows"][0]["args"]["aggregator"] == {
+        "path": "fedrot.nvflare.FedLoRAAggregator",
+        "args": options,
+    }
+
+
+def test_the_paper_s_method_is_that_of_the_other_aggregator():
+    check(of_two(FedLoRAAggregator("fedrot", {"lam": 1.0})), A=2.5 * EYE, B=2.5 * EYE)
+    check(of_two(FedRotAggregator(lam=1.0)), A=2.5 * EYE, B=2.5 * EYE)
