@@ -19,23 +19,23 @@ from fedrot_kernels.rspace.averages import Solver, aggregate, combined, truncati
 from fedrot_kernels.rspace.blocks import Blocks
 from fedrot_kernels.rspace.rotations import (
     ALIGN,
-    auto_lam,
-    check_lam,
     gpa,
     optimal,
     procrustes,
     rotations,
     shifted,
-    soften,
 )
+from fedrot_kernels.rspace.softness import AUTO, auto_lam, check_lam, client_lam, soften
 
 __all__ = [
     "ALIGN",
+    "AUTO",
     "Blocks",
     "Solver",
     "aggregate",
     "auto_lam",
     "check_lam",
+    "client_lam",
     "combined",
     "gpa",
     "optimal",

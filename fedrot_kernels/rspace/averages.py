@@ -33,7 +33,8 @@ def aggregate(
         lora_A, lora_B, ref_A, ref_B, weights, proper: as for ``align_aggregate``.
         align: ``"gpa"`` (:func:`gpa`) and ``"optimal"`` (:func:`optimal`), which the reference
             gives a start and a gauge only; or ``"joint"``, ``"A"``, ``"B"``.
-        lam: in [0, 1], or ``"auto"``: in each layer the one of least aggregation error.
+        lam: in [0, 1], or ``"auto"``: in each layer the one of least aggregation error; or
+            ``"auto-client"``: in each layer one for every client.
 
     Returns:
         ``(A, B)`` as ``align_aggregate``.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedrot_kernels.checks import ALIGN_MODES
 from fedrot_kernels.rspace.blocks import Blocks, Point, times
+from fedrot_kernels.rspace.softness import auto_lam, check_lam, client_lam, soften, turned
 
 ALIGN = (*ALIGN_MODES, "gpa", "optimal")
 """What :func:`rotations` can fit rotations to."""
@@ -146,49 +147,6 @@ def to_reference(blocks: Blocks, R: Tensor, *, proper: bool = True) -> Tensor:
     return R @ torch.ops.fedrot.polar(mean, proper=proper)[:, None]
 
 
-def soften(R: Tensor, lam: float | Tensor, *, proper: bool = True) -> Tensor:
-    """``polar((1 - lam) I + lam R)`` of rotations ``(..., r, r)``; ``lam`` broadcasts against
-    them."""
-    if isinstance(lam, float) and lam == 1.0:
-        return R
-    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
-    return torch.ops.fedrot.polar((1 - lam) * eye + lam * R, proper=proper)
-
-
-def auto_lam(blocks: Blocks, R: Tensor, *, proper: bool = True) -> Tensor:
-    """``lam`` ``(L,)`` in [0, 1], to about 0.01, that minimises the aggregation error of
-    ``soften(R, lam)`` in each layer: the best of six, and of its neighbours at half the distance,
-    four times. 0 and 1 are among them, so neither is better."""
-    grid = torch.linspace(0, 1, 6, dtype=R.dtype, device=R.device)
-    best = _best_lam(blocks, R, grid.expand(len(R), -1), proper)
-    for halving in range(1, 5):
-        around = torch.tensor([0.0, -0.2, 0.2], dtype=R.dtype, device=R.device) / 2**halving
-        best = _best_lam(blocks, R, (best[:, None] + around).clamp(0, 1), proper)
-    return best
-
-
-def _best_lam(blocks: Blocks, R: Tensor, grid: Tensor, proper: bool) -> Tensor:
-    """Of ``grid`` ``(L, C)`` the one of least error in each layer, the first of equals."""
-    candidates = soften(R[:, None], grid[:, :, None, None, None], proper=proper)
-    # Exactly the ends: polar() would round them.
-    ends = grid[:, :, None, None, None]
-    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
-    candidates = torch.where(ends == 1, R[:, None], torch.where(ends == 0, eye, candidates))
-    layers, clients, r = blocks.shape
-    # Candidates side by side: two products for all of them.
-    U = (
-        (blocks.weights[:, None, None] * candidates)
-        .permute(0, 2, 3, 1, 4)
-        .reshape(layers, clients * r, -1)
-    )
-    X, Y = blocks.A @ U, blocks.B @ U
-    split = (layers, clients * r, grid.shape[1], r)
-    pull = (Y * blocks.weighted(X)).view(split).sum((1, 3))
-    U, X, Y = (t.view(split).transpose(1, 2) for t in (U, X, Y))
-    excess = ((U.mT @ Y) * (U.mT @ X)).sum((2, 3)) - 2 * pull
-    return grid.gather(1, excess.argmin(1, keepdim=True)).squeeze(1)
-
-
 def shifted(blocks: Blocks, eps: float, align: str = "joint", *, proper: bool = True) -> Tensor:
     """``polar(M + eps |M| I)`` with Frobenius' norm: turns where the evidence is strong, and stays
     where it is weak; no soft rotation, and ``eps`` in its place."""
@@ -204,17 +162,17 @@ def rotations(
     """The rotations ``(L, N, r, r)`` to average with: ``R*`` of ``align``, softened by ``lam``.
 
     Raises:
-        ValueError: ``align`` is not of ``ALIGN``, or ``lam`` neither in [0, 1] nor ``"auto"``.
+        ValueError: ``align`` is not of ``ALIGN``, or ``lam`` neither in [0, 1] nor of ``AUTO``.
     """
     check_options(align, lam)
     if align in ALIGN_MODES:
         R = procrustes(blocks, align, proper=proper)
     else:
         R = (gpa if align == "gpa" else optimal)(blocks, proper=proper)
-    if isinstance(lam, str):
-        chosen = auto_lam(blocks, R, proper=proper)[:, None, None, None]
-        soft = soften(R, chosen, proper=proper)
-        return torch.where(chosen == 1, R, soft)
+    if lam == "auto":
+        return turned(R, auto_lam(blocks, R, proper=proper)[:, None], proper=proper)
+    if lam == "auto-client":
+        return turned(R, client_lam(blocks, R, proper=proper), proper=proper)
     return soften(R, float(lam), proper=proper)
 
 
@@ -223,12 +181,3 @@ def check_options(align: str, lam: float | str) -> None:
     if align not in ALIGN:
         raise ValueError(f"align must be one of {', '.join(ALIGN)}, got {align!r}")
     check_lam(lam)
-
-
-def check_lam(lam: float | str) -> None:
-    """Raise ValueError unless ``lam`` is in [0, 1] or ``"auto"``."""
-    if isinstance(lam, str):
-        if lam != "auto":
-            raise ValueError(f"lam must be a number or auto, got {lam!r}")
-    elif not 0.0 <= lam <= 1.0:
-        raise ValueError(f"lam must lie in [0, 1], got {lam}")

@@ -57,6 +57,7 @@ def test_each_rule_loses_no_more_than_what_it_starts_from(seed):
             "plain": FedIT(),
             "joint": FedRot(1.0),
             "auto": FedRot("auto"),
+            "auto client": FedRot("auto-client"),
             "gpa": FedRot(1.0, "gpa"),
             "optimal": FedRot(1.0, "optimal"),
             "gpa auto": FedRot("auto", "gpa"),
@@ -69,6 +70,7 @@ def test_each_rule_loses_no_more_than_what_it_starts_from(seed):
         for less, more in (
             ("auto", "plain"),
             ("auto", "joint"),
+            ("auto client", "auto"),
             ("optimal", "gpa"),
             ("gpa auto", "gpa"),
             ("gpa auto", "plain"),
@@ -119,7 +121,8 @@ def test_flexlora_in_the_gauge_of_the_reference_stays_there():
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("auto", "auto"), ("1e-1", 0.1), ("1", 1.0), (".25", 0.25)]
+    ("text", "value"),
+    [("auto", "auto"), ("auto-client", "auto-client"), ("1e-1", 0.1), ("1", 1.0), (".25", 0.25)],
 )
 def test_lam_is_a_number_or_auto(text, value):
     config = load(parse_overrides([f"method.lam={text}", "method.align=optimal"]))

@@ -43,7 +43,11 @@ Weights = Annotated[
     str | None, typer.Option(help="3,1 or a JSON file: a list, or an object by folder name.")
 ]
 Lam = Annotated[
-    str, typer.Option(help="0: plain average, 1: whole rotation; auto: least error, by layer.")
+    str,
+    typer.Option(
+        help="0: plain average, 1: whole rotation; auto: least error, by layer; auto-client: by "
+        "layer and client."
+    ),
 ]
 Fitted = Annotated[Align, typer.Option(help="Factors the rotation is fitted to.")]
 Energy = Annotated[
@@ -70,7 +74,7 @@ def read_rank(text: str | None) -> int | Literal["auto"] | None:
 
 
 def read_lam(text: str) -> float | str:
-    """`--lam`: a number, or `auto`."""
+    """`--lam`: a number, `auto` or `auto-client`."""
     try:
         return float(text)
     except ValueError:

@@ -126,7 +126,7 @@ def average(
 ) -> Factors:
     """``torch.ops.fedrot.align_aggregate`` on :class:`Factors`; ``lam=0`` is the plain mean. What
     the operator has no rotation for, ``rspace.aggregate`` finds."""
-    operator = align in ALIGN_MODES and lam != "auto"
+    operator = align in ALIGN_MODES and not isinstance(lam, str)
     function = torch.ops.fedrot.align_aggregate if operator else rspace.aggregate
     given = arguments(uploads, reference)
     return _factors(reference, function(*given, weights, lam=lam, align=align, proper=proper))

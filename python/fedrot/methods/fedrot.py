@@ -23,7 +23,8 @@ class FedRot(Method):
     ``"alternate"``: round 0 unaligned, then A in odd and B in even rounds. Beyond the paper,
     ``"gpa"``: the mean of the aligned clients, and ``"optimal"``: the aggregation error itself;
     both take no more than the basis of the result from the reference. ``lam``: how far to turn,
-    or ``"auto"``: in each layer the value of least aggregation error.
+    or ``"auto"``: in each layer the value of least aggregation error, or ``"auto-client"``: one for
+    every client there.
 
     For ablations, ``rotation``: ``"random"`` turns every client by a rotation of its own,
     ``"scale"`` replaces the rotation by the scalar ``s`` that fits ``s A_i`` to ``A_ref`` (or
@@ -54,8 +55,8 @@ class FedRot(Method):
             raise ValueError(
                 f"align must be A, B or alternate for rotation=scale, got {self.align!r}"
             )
-        if self.rotation == "scale" and self.lam == "auto":
-            raise ValueError("lam must be a number for rotation=scale, got 'auto'")
+        if self.rotation == "scale" and isinstance(self.lam, str):
+            raise ValueError(f"lam must be a number for rotation=scale, got {self.lam!r}")
         if self.rotation == "shifted" and self.align in ("gpa", "optimal"):
             raise ValueError(
                 f"align must be joint, A, B or alternate for rotation=shifted, got {self.align!r}"
@@ -75,8 +76,8 @@ class FedRot(Method):
         at_once = "what looks at all clients at once is not for an engine that never has them"
         if align not in (*ALIGN_MODES, "alternate"):
             raise ValueError(f"align must be joint, A, B or alternate, got {align!r}; {at_once}")
-        if lam == "auto":
-            raise ValueError(f"lam must be a number, got 'auto'; {at_once}")
+        if lam in rspace.AUTO:
+            raise ValueError(f"lam must be a number, got {lam!r}; {at_once}")
         return cls(lam, align, proper)
 
     def check_stateless(self) -> None:

@@ -108,7 +108,7 @@ class Kind(ABC):
                 "merged by FedRot or FedIT (--rule mean)"
             )
         if self.rotates:
-            if method.lam == "auto" or method.align not in ("joint", "A", "B"):
+            if isinstance(method.lam, str) or method.align not in ("joint", "A", "B"):
                 raise FedrotError(
                     f"{self.title} takes a number for --lam and joint, A or B for --align: the "
                     "others minimise the error of products B A, got "
