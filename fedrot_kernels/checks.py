@@ -117,7 +117,11 @@ def check_options(lam: float, align: str) -> None:
     """The part of :func:`check` that concerns no tensor."""
     if align not in ALIGN_MODES:
         raise ValueError(f"align must be one of {', '.join(ALIGN_MODES)}, got {align!r}")
-    if not 0.0 <= lam <= 1.0:
+    try:
+        inside = 0.0 <= lam <= 1.0
+    except TypeError as error:  # the schema of the operators says so itself; `Plan` has none
+        raise TypeError(f"lam must be a number, got {lam!r}") from error
+    if not inside:
         raise ValueError(f"lam must lie in [0, 1], got {lam}")
 
 
@@ -125,6 +129,8 @@ def check_weights(weights: Tensor | None, clients: int, device: torch.device) ->
     """The part of :func:`check` that concerns ``weights``; reads no values."""
     if weights is None:
         return
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor ({clients},), got {type(weights).__name__}")
     if weights.dim() != 1 or weights.shape[0] != clients:
         raise ValueError(
             f"weights must be ({clients},), one per client, got {tuple(weights.shape)}"
@@ -198,9 +204,13 @@ def check_finite(layers: int, **arguments: Sequence[Tensor]) -> None:
 
     Raises:
         ValueError: a value is NaN or infinite.
+        TypeError: a tensor is sparse, or of another layout that has no plain values.
     """
     for name, tensors in arguments.items():
         for index, t in enumerate(tensors):
+            if t.layout != torch.strided:
+                where = place(name, index, layers)
+                raise TypeError(f"{name} must be dense for {where}, got {t.layout}")
             if not bool(torch.isfinite(t).all()):
                 raise ValueError(
                     f"{name} holds a non-finite value for {place(name, index, layers)}"

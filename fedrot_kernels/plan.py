@@ -6,7 +6,7 @@ import bisect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -95,6 +95,8 @@ class Plan:
     The plan belongs to the memory that the tensors have now and keeps it alive. Giving one of
     them other memory later (``t.data = ...``, ``t.set_``) does not reach the plan, and enlarging
     one with ``t.resize_`` is an error that nothing detects.
+
+    For the same reason it is neither copied nor pickled: make a plan of the copied tensors.
 
     Not differentiable; autograd is told that the outputs have changed. ``plan()`` may be called
     from any thread, but one call of a plan at a time, and not while another thread writes its
@@ -204,6 +206,8 @@ class Plan:
 
     def _prepare(self, factors, weights, lam, align, proper, out, flat) -> None:
         lora_A, lora_B, ref_A, ref_B = given = [list(tensors) for tensors in factors]
+        for name, tensors in zip(NAMES, given, strict=True):
+            _check_are_tensors(name, tensors)
         problem = checks.check(lora_A, lora_B, ref_A, ref_B, weights, lam, align)
         for name, tensors in zip(NAMES, given, strict=True):
             for index, t in enumerate(tensors):
@@ -211,7 +215,7 @@ class Plan:
         if out is None:
             self.A, self.B = empty_outputs(ref_A, ref_B)
         else:
-            self.A, self.B = (list(tensors) for tensors in out)
+            self.A, self.B = _pair(out)
             _check_outputs(problem, self.A, self.B)
             inputs = [t for tensors in given for t in tensors]
             _check_overlap([*self.A, *self.B], inputs if weights is None else [*inputs, weights])
@@ -223,6 +227,12 @@ class Plan:
         self._runner = planner(aliases, weights, self.A, self.B, lam, align, proper, flat)
         self._output_spans = sorted(_span(t) for t in [*self.A, *self.B])
         self._outputs = [t for t in [*self.A, *self.B] if not t.is_inference()]
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a Plan belongs to the memory of its tensors and cannot be copied or pickled; "
+            "make one of the copied tensors"
+        )
 
     def __call__(self) -> tuple[list[Tensor], list[Tensor]]:
         """Fill the outputs from the current values; returns ``(A, B)``."""
@@ -282,6 +292,21 @@ def _mark_changed(tensors: list[Tensor]) -> None:
 def _is_plain(t: Tensor) -> bool:
     """Whether its values lie in memory as they are."""
     return type(t) in (Tensor, Parameter) and t.layout == torch.strided and not t.is_neg()
+
+
+def _check_are_tensors(name: str, values: Sequence[object]) -> None:
+    for index, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}[{index}] must be a tensor, got {type(value).__name__}")
+
+
+def _pair(out: tuple[Sequence[Tensor], Sequence[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    if len(out) != 2:
+        raise ValueError(f"out must be (A, B), two lists of tensors, got {len(out)} of them")
+    A, B = (list(tensors) for tensors in out)
+    _check_are_tensors("out A", A)
+    _check_are_tensors("out B", B)
+    return A, B
 
 
 def _check_memory(name: str, where: str, t: Tensor) -> None:

@@ -105,6 +105,15 @@ def test_every_layout_gives_the_same_bits():
             assert all(torch.equal(a, w) for a, w in zip(actual, wanted, strict=True)), name
 
 
+def test_a_sparse_tensor_is_named():
+    inputs = planted(2, SHAPES)
+    inputs.lora_B[2] = inputs.lora_B[2].to_sparse()
+    message = "lora_B must be dense for client 1, layer 0, got torch.sparse_coo"
+    for call in (op.align_aggregate, op.align, op.gram):
+        with pytest.raises(TypeError, match=message):
+            call(*inputs)
+
+
 def test_bit_identical_for_any_number_of_threads():
     inputs = planted(7, [(700, 1100, 4), (300, 257, 16), (64, 2048, 33)], torch.bfloat16)
     before = torch.get_num_threads()

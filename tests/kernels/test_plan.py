@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import weakref
 from pathlib import Path
 
@@ -124,6 +126,28 @@ def test_check_is_that_of_the_operator():
         Plan(*inputs, torch.ones(3))
     with pytest.raises(ValueError, match="lora_A must hold clients x layers"):
         Plan(inputs.lora_A[:3], inputs.lora_B[:3], inputs.ref_A, inputs.ref_B)
+
+
+def test_what_no_schema_has_checked():
+    lora_A, *rest = inputs = planted(2, SHAPES)
+    for message, make in {
+        "lam must be a number, got 'auto'": lambda: Plan(*inputs, lam="auto"),
+        r"weights must be a tensor \(2,\), got list": lambda: Plan(*inputs, [1.0, 2.0]),
+        r"lora_A\[1\] must be a tensor, got NoneType": lambda: Plan(
+            [lora_A[0], None, *lora_A[2:]], *rest
+        ),
+        r"out B\[0\] must be a tensor, got str": lambda: Plan(*inputs, out=(outputs()[0], "AB")),
+    }.items():
+        with pytest.raises(TypeError, match=message):
+            make()
+    with pytest.raises(ValueError, match=r"out must be \(A, B\), two lists of tensors, got 4"):
+        Plan(*inputs, out=[t for side in outputs() for t in side])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_plan_is_not_copied(copied):
+    with pytest.raises(TypeError, match="a Plan belongs to the memory of its tensors"):
+        copied(Plan(*planted(2, SHAPES)))
 
 
 class Subclass(torch.Tensor):
