@@ -26,6 +26,17 @@ class Factors:
             raise ValueError(f"A and B must name the same layers: {list(self.A)}, {list(self.B)}")
 
 
+def check_factors(value: object, name: str) -> Factors:
+    """``value``, if it is such; a state dict, which people have at hand, is not.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, Factors):
+        raise TypeError(f"{name} must be fedrot.factors.Factors, got {type(value).__name__}")
+    return value
+
+
 def client_major(clients: Sequence[Factors]) -> tuple[list[Tensor], list[Tensor]]:
     """The ``N * L`` tensors ``lora_A`` and ``lora_B`` that ``torch.ops.fedrot`` takes.
 

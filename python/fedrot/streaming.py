@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrot.factors import Factors
+from fedrot.factors import Factors, check_factors
 from fedrot_kernels import checks
 from fedrot_kernels.plan import run_once
 from fedrot_kernels.tables import empty_outputs
@@ -76,7 +76,7 @@ class StreamingAggregator:
             raise ValueError(f"nonfinite must be raise or drop, got {nonfinite!r}")
         if not bound > 0:
             raise ValueError(f"bound must be positive, got {bound}")
-        if not reference.A:
+        if not check_factors(reference, "reference").A:
             raise ValueError("reference: there must be at least one layer")
         self._layers = list(reference.A)
         given = list(reference.A.values()), list(reference.B.values())
@@ -131,11 +131,12 @@ class StreamingAggregator:
         Raises:
             ValueError: the weight, a layer, a shape or a device is wrong, or (with
                 ``nonfinite="raise"``) a value is not finite; the message names client and layer.
-            TypeError: a dtype is unsupported or mixed.
+            TypeError: a dtype is unsupported or mixed, or the client is no ``Factors``.
 
         After an error the aggregator is as it was before.
         """
         name = f"client {self._clients + self._dropped if name is None else name}"
+        check_factors(client, name)
         weight = float(weight)
         if not (weight >= 0.0 and math.isfinite(self.weight + weight)):
             raise ValueError(f"{name}: weight must be non-negative with a finite sum, got {weight}")
@@ -250,12 +251,14 @@ class StreamingAggregator:
             )
         if not torch.equal(state["fingerprint"].cpu(), self.fingerprint()):
             raise ValueError("aggregators must have the same reference and options")
-        for key, t in zip(keys, like, strict=True):
-            if state[key].shape != t.shape or not math.isfinite(float(state[key].sum())):
+        shapes = dict(zip(keys, (t.shape for t in like), strict=True))
+        for key, shape in (shapes | dict.fromkeys(COUNTS, torch.Size())).items():
+            if state[key].shape != shape:
                 raise ValueError(
-                    f"state {key} must be {tuple(t.shape)} and finite, "
-                    f"got {tuple(state[key].shape)}"
+                    f"state {key} must be {tuple(shape)}, got {tuple(state[key].shape)}"
                 )
+            if key in shapes and not bool(torch.isfinite(state[key]).all()):
+                raise ValueError(f"state {key} holds a value that is not finite")
         weight, clients, dropped = (float(state[key]) for key in COUNTS)
         for key, value in zip(COUNTS, (weight, clients, dropped), strict=True):
             if not (value >= 0.0 and math.isfinite(value)):

@@ -21,10 +21,14 @@ def test_bad_states():
     key = "mean/A/encoder.q"
     bad = {
         "missing .'weight'., unknown .'x'.": {**state, "x": state["weight"]},
-        f"{key} must be .4, 14. and finite, got .1,": {**state, key: torch.ones(1)},
-        f"{key} must be .4, 14. and finite": {**state, key: state[key] * torch.nan},
+        f"{key} must be .4, 14., got .1,": {**state, key: torch.ones(1)},
+        f"{key} holds a value that is not finite": {**state, key: state[key] * torch.nan},
         "weight must be non-negative and finite, got -1": {**state, "weight": torch.tensor(-1.0)},
         "same reference and options": filled(ref, uploads, lam=0.5).state_dict(),
+    }
+    bad |= {
+        f"{name} must be .., got .3,": {**state, name: torch.ones(3)}
+        for name in ("weight", "clients", "dropped")
     }
     del bad["missing .'weight'., unknown .'x'."]["weight"]
     for message, wrong in bad.items():
@@ -163,6 +167,19 @@ def test_bad_references_and_options():
             make()
     with pytest.raises(TypeError, match=r"reference: ref_A must be float64, .*int64"):
         StreamingAggregator(Factors({"m": torch.ones(2, 2).long()}, {"m": torch.ones(2, 2).long()}))
+
+
+def test_a_state_dict_is_no_adapter():
+    ref, uploads, _ = problem()
+    aggregator = filled(ref, uploads)
+    state = {f"{name}.lora_A.weight": A for name, A in ref.A.items()}
+    with pytest.raises(TypeError, match=r"site-2 must be fedrot\.factors\.Factors, got dict"):
+        aggregator.accept(state, name="site-2")
+    with pytest.raises(TypeError, match=r"reference must be fedrot\.factors\.Factors, got dict"):
+        StreamingAggregator(state)
+    with pytest.raises(TypeError, match="reference: lam must be a number, got 'auto'"):
+        StreamingAggregator(ref, lam="auto")
+    assert aggregator.clients == 5
 
 
 def test_the_result_must_fit_its_dtype():
