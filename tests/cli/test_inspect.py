@@ -131,6 +131,31 @@ def test_spectrum_of_one_adapter_and_of_nothing(tmp_path):
     assert rows[-1] == ["layers.0.q", "1", "100.0", "%", "100.0", "%"]
 
 
+def test_spectrum_on_a_narrow_terminal(tmp_path):
+    """Names of layers come first, then columns; the bars and the larger ranks may be cut."""
+    path, generator = tmp_path / "a", torch.Generator().manual_seed(0)
+    path.mkdir()
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    name = "model.layers.10.self_attn.q_proj"
+    tensors = {
+        f"base_model.model.{name}.lora_{side}.weight": torch.randn(shape, generator=generator)
+        for side, shape in (("A", (16, 32)), ("B", (32, 16)))
+    }
+    save_file(tensors, path / "adapter_model.safetensors")
+    wanted = {80: ["1"], 100: ["1", "2", "4"], 200: ["1", "2", "4", "8", "16"]}
+    bars = {80: 8, 100: 8, 200: 16}
+    for columns, powers in wanted.items():
+        result = fedrot("inspect", path, "--rank", "auto", columns=columns)
+        table = result.stdout.split("spectrum of the exact mean")[1].splitlines()
+        assert max(map(len, table)) <= columns
+        header = next(line.split() for line in table if "layer" in line)
+        shares = [word for n in powers for word in ("at", n)]
+        assert header == ["layer", "rank", "kept", *shares, "values"]
+        row = next(line.split() for line in table if "█" in line)
+        assert (row[0], len(row[-1])) == (name, bars[columns])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -182,7 +182,7 @@ def _show(
         console.print(_client_table(uploads, measured))
         console.print(_error_table(uploads, measured))
     if spectrum:
-        console.print(_spectrum_table(spectrum))
+        console.print(_spectrum_table(spectrum, console.width))
 
 
 def _layout_table(rows: list[dict[str, Any]], same: list[Adapter]) -> Any:
@@ -234,12 +234,17 @@ def _error_table(uploads: Uploads, measured: Misalignment) -> Any:
     return table
 
 
-def _spectrum_table(spectrum: Spectrum) -> Any:
+def _spectrum_table(spectrum: Spectrum, width: int) -> Any:
     """The rank of each layer, what it and the powers of two up to the largest keep, and the first
-    singular values as bars beside the largest."""
+    singular values as bars beside the largest; of powers and bars as many as fit beside names."""
     largest, powers = max(spectrum.ranks.values()), [1]
     while powers[-1] < largest:
         powers.append(2 * powers[-1])
+    longest = min(BARS, max(len(values) for values in spectrum.values.values()))
+    # With their margins: names 4, ranks 7, shares 10 each (the first is that of the rank), bars 3.
+    room = width - max(map(len, spectrum.ranks)) - 4 - 7 - 10 - 3
+    bars_shown = min(longest, max(room - 10 * len(powers), BARS // 2))
+    powers = powers[: max((room - bars_shown) // 10, 1)]
     title = f"spectrum of the exact mean; to keep: {100 * spectrum.energy:.4g} %"
     table = _table(title, "layer", "rank", "kept", *(f"at {n}" for n in powers), "values")
 
@@ -249,7 +254,7 @@ def _spectrum_table(spectrum: Spectrum) -> Any:
         return [f"{math.floor(1000 * spectrum.kept(cut)) / 10:.1f} %" for cut in cuts]
 
     for name, rank in spectrum.ranks.items():
-        values = spectrum.values[name].tolist()[:BARS]
+        values = spectrum.values[name].tolist()[:bars_shown]
         bars = "".join("▁▂▃▄▅▆▇█"[math.ceil(8 * v / values[0]) - 1] for v in values)
         table.add_row(name, str(rank), *shares({name: rank}), bars)
     table.columns[-1].justify = "left"
