@@ -1,25 +1,29 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and errors that name them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary name to write; it becomes ``path`` when the block ends without an error."""
     fresh = path.with_name(f".{path.name}.new-{os.getpid()}")
-    try:
-        yield fresh
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with _named(fresh, path):
+        try:
+            yield fresh
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -29,16 +33,37 @@ def new_folder(path: Path) -> Iterator[Path]:
     fresh = path.with_name(f".{path.name}.new-{os.getpid()}")
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        yield fresh
-        # safetensors makes its files private; these are as readable as any new file.
-        for file in (f for f in fresh.iterdir() if f.is_file()):
-            file.chmod(fresh.stat().st_mode & 0o666)
-        _swap_in(fresh, path, old)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    with _named(fresh, path):
+        fresh.mkdir(parents=True)
+        try:
+            yield fresh
+            # safetensors makes its files private; these are as readable as any new file.
+            for file in (f for f in fresh.iterdir() if f.is_file()):
+                file.chmod(fresh.stat().st_mode & 0o666)
+            _swap_in(fresh, path, old)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _named(fresh: Path, path: Path) -> Iterator[None]:
+    """What the system refuses is an ``OSError`` that names ``path``, not the temporary name.
+
+    safetensors has an error of its own, which is no ``OSError``, even for a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.filename, str):
+            error.filename = error.filename.replace(str(fresh), str(path))
+        raise
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _swap_in(fresh: Path, path: Path, old: Path) -> None:

@@ -97,6 +97,7 @@ def test_every_lora_option_of_the_installed_peft_has_been_thought_about():
         ({"rank_pattern": {"q": 2.5}}, "rank 'q' must be a positive integer, got 2.5"),
         ({"lora_alpha": 0}, "alpha 'lora_alpha' must be a positive number, got 0"),
         ({"alpha_pattern": ["q"]}, "alpha_pattern must be an object"),
+        ({"rank_pattern": {"(q": 2}}, r"rank_pattern: '\(q' is not a regular expression \(missing"),
     ],
 )
 def test_refused_configurations(change, message):

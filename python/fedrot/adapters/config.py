@@ -147,6 +147,13 @@ def _check_scaling_fields(config: Config, source: str) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(field) or {}, dict):
             raise FedrotError(f"{source}: {field} must be an object, got {config[field]!r}")
+        for pattern in config.get(field) or {}:
+            try:  # as PEFT will match it
+                re.compile(rf"(.*\.)?({pattern})$")
+            except re.error as error:
+                raise FedrotError(
+                    f"{source}: {field}: {pattern!r} is not a regular expression ({error.msg})"
+                ) from error
     ranks = {"r": config.get("r", 8), **(config.get("rank_pattern") or {})}
     for name, value in ranks.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
