@@ -101,11 +101,18 @@ def test_other_base_model_is_noted(save):
     assert len(notes) == 1 and "base_model_name_or_path is 'other'" in notes[0]
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1, -1], [0, 0], [1, float("nan")]])
+@pytest.mark.parametrize(
+    "weights", [[1.0], [1, -1], [0, 0], [1, float("nan")], [1, None], ["a", 1]]
+)
 def test_bad_weights(save, weights):
     read = [read_adapter(save("a", 1)), read_adapter(save("b", 2))]
     with pytest.raises(FedrotError, match="weights"):
         gather(read, read[0], weights)
+
+
+def test_weights_whose_sum_overflows(save):
+    read = [read_adapter(save("a", 1)), read_adapter(save("b", 2))]
+    assert gather(read, read[0], [1.5e308, 0.5e308]).weights.tolist() == [0.75, 0.25]
 
 
 def test_write_is_all_or_nothing(save, tmp_path, monkeypatch):

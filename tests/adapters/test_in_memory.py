@@ -247,6 +247,8 @@ def test_wrong_inputs_are_named(tools):
         (([model],), {"weights": [1, 2]}, FedrotError, "weights: 2 values for 1 adapters"),
         (([model],), {"weights": [-1]}, FedrotError, "weights must be finite, not negative"),
         (([model],), {"rank": 0}, FedrotError, "rank must be at least 1"),
+        (([model],), {"method": "fedrot"}, TypeError, "method must be .* got 'fedrot'"),
+        (([model],), {"method": FedRot}, TypeError, "method must be .* got <class"),
         (([(meta(state), config)],), {}, FedrotError, "has no values"),
         (([(with_nan(state), config)],), {}, FedrotError, f"'{KEY_B}' has non-finite values"),
         (([({"a": 1}, config)],), {}, TypeError, "'a' must be a tensor, got int"),

@@ -264,13 +264,16 @@ def test_a_number_is_the_rank_of_a_truncation_and_pads_for_a_rotation(tools):
             got, (U[:, :3] * S[:3]) @ Vh[:3], rtol=0, atol=1e-5 * float(S[0])
         )
     assert merged.spectrum is None
-    assert fedrot.aggregate([large, small], rank=3).config["r"] == 5
+    with pytest.raises(FedrotError, match="rank 3 is below the rank of the reference, 5"):
+        fedrot.aggregate([large, small], rank=3)
 
 
 def test_refused(tools):
     a, b = tools.adapted(1), tools.adapted(2, r=2)
     cases = [
-        ({"rank": "large"}, "rank must be a number or 'auto', got 'large'"),
+        ({"rank": "large"}, "rank must be a whole number or 'auto', got 'large'"),
+        ({"rank": 8.0}, "rank must be a whole number or 'auto', got 8.0"),
+        ({"rank": "auto", "energy": "all"}, "energy must be a number, got 'all'"),
         ({"rank": "auto", "energy": 0.0}, "energy must be above 0 and at most 1, got 0.0"),
         ({"rank": "auto", "energy": 1.01}, "energy must be above 0 and at most 1, got 1.01"),
         ({"rank": "auto", "energy": math.nan}, "energy must be above 0 and at most 1, got nan"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fedrot.cli import app
+from fedrot.cli.aggregate import error_text
 
 KEY_A = "base_model.model.q.lora_A.weight"
 KEY_B = "base_model.model.q.lora_B.weight"
@@ -161,6 +163,7 @@ def test_other_base_model_is_said_on_stderr(clients, tmp_path):
         (["a", "b", "-o", "out", "--lam", "1.5"], "lam must lie in [0, 1], got 1.5"),
         (["a", "b", "-o", "out", "--lam", "half"], "lam must be a number or auto, got 'half'"),
         (["a", "b", "-o", "out", "--rank", "0"], "--rank must be at least 1, got 0"),
+        (["a", "b", "-o", "out", "--rank", "1"], "--rank 1 is below the rank of the reference, 2"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(clients, tmp_path, monkeypatch, args, message):
@@ -170,6 +173,70 @@ def test_bad_input_is_one_line_and_writes_nothing(clients, tmp_path, monkeypatch
     assert (code, stdout) == (1, "")
     assert message in stderr and stderr.count("\n") == 1
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ((), "mean"),
+        (("--rule", "median"), "median"),
+        (("--rule", "clip"), "clip"),
+        (("--rule", "exact"), "exact"),
+        (("--rank", "auto"), "exact"),
+    ],
+)
+def test_attackers_of_a_rule_that_counts_none(clients, tmp_path, options, rule):
+    out = tmp_path / "merged"
+    for count in (1, 2):  # also the number that the other rules take by themselves
+        code, stdout, stderr = fedrot(
+            "aggregate", *clients, "-o", out, "--attackers", count, *options
+        )
+        assert (code, stdout) == (1, "") and not out.exists()
+        assert stderr == (
+            f"fedrot: --attackers {count} is for --rule trimmed, krum, multi-krum; "
+            f"--rule {rule} has no such number\n"
+        )
+
+
+def test_attackers_count(tmp_path):
+    """Of 1, 2, 4, 9 and 100 times one product: the mean of the middle three, or the middle one."""
+    folders = []
+    for i, factor in enumerate((1.0, 2.0, 4.0, 9.0, 100.0)):
+        folder = write(tmp_path / f"{i}", 1)
+        tensors = read(folder)
+        save_file(tensors | {KEY_B: factor * tensors[KEY_B]}, folder / "adapter_model.safetensors")
+        folders.append(folder)
+    one = read(folders[0])
+    for options, factor in (((), 5.0), (("--attackers", 1), 5.0), (("--attackers", 2), 4.0)):
+        out = tmp_path / "out"
+        args = ("--reference", folders[0], "--rule", "trimmed", *options, "--force")
+        assert fedrot("aggregate", *folders, "-o", out, *args)[0] == 0
+        torch.testing.assert_close(read(out)[KEY_B], factor * one[KEY_B])
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(clients, tmp_path):
+    """safetensors has an error of its own for it; and the temporary name is nobody's business."""
+    out = tmp_path / "merged"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        code, stdout, stderr = fedrot("aggregate", *clients, "-o", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (code, stdout) == (1, "")
+    assert stderr == f"fedrot: [Errno 27] File too large: '{out}'\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+    (tmp_path / "file").touch()
+    code, _, stderr = fedrot("aggregate", *clients, "-o", tmp_path / "file" / "merged")
+    assert code == 1
+    assert stderr == f"fedrot: [Errno 20] Not a directory: '{tmp_path / 'file' / 'merged'}'\n"
+
+
+def test_error_text():
+    assert error_text(0.12345, 0.0449) == "0.1235 (4.5 %)"
+    assert error_text(4.2, 1.062) == "4.2 (106 %)"
+    assert error_text(0.0, None) == "0"
 
 
 def test_a_robust_rule_leaves_out_the_bad_one(tmp_path):

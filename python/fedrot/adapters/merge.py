@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -197,8 +198,12 @@ def aggregate(
             f"got {type(adapters).__name__}"
         )
     auto = rank == "auto"
-    if isinstance(rank, str) and not auto:
-        raise FedrotError(f"rank must be a number or 'auto', got {rank!r}")
+    if not (auto or rank is None or isinstance(rank, Integral)):
+        raise FedrotError(f"rank must be a whole number or 'auto', got {rank!r}")
+    if not (energy is None or isinstance(energy, Real)):
+        raise FedrotError(f"energy must be a number, got {energy!r}")
+    if not (method is None or isinstance(method, Method)):
+        raise TypeError(f"method must be an instance, as FedRot(lam=1.0), got {method!r}")
     if method is None:
         method = FlexLoRA("reference") if auto else FedRot(lam=1.0)
     if method.folds or method.personal or method.same_A:

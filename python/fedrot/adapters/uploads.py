@@ -131,6 +131,11 @@ def _ranks(reference: Adapter, rank: int | Mapping[str, int] | None) -> dict[str
         raise FedrotError(f"--rank must be at least 1, got {min(given)}")
     if isinstance(rank, Mapping):
         return {**ranks, **rank}
+    if rank is not None and ranks and rank < min(ranks.values()):
+        raise FedrotError(
+            f"--rank {rank} is below the rank of the reference, {min(ranks.values())}, and padding "
+            "only raises it; FlexLoRA (--rule exact) can lower it"
+        )
     return {name: max(own, rank or 0) for name, own in ranks.items()}
 
 
@@ -260,13 +265,18 @@ def _factors(adapter: Adapter, target: Adapter, dtype: torch.dtype) -> Factors:
 
 
 def _normalised(weights: Sequence[float] | None, n: int) -> Tensor:
-    w = torch.tensor([1.0] * n if weights is None else list(weights), dtype=torch.float64)
-    if len(w) != n:
-        raise FedrotError(f"weights: {len(w)} values for {n} adapters")
+    given = [1.0] * n if weights is None else list(weights)
+    if len(given) != n:
+        raise FedrotError(f"weights: {len(given)} values for {n} adapters")
+    try:
+        w = torch.tensor([float(weight) for weight in given], dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise FedrotError(f"weights must be numbers, one for each adapter, got {given}") from error
     if not torch.isfinite(w).all() or (w < 0).any() or w.sum() <= 0:
         raise FedrotError(
             f"weights must be finite, not negative, and not all zero, got {w.tolist()}"
         )
+    w = w / w.max()  # the sum of finite weights may overflow
     return w / w.sum()
 
 

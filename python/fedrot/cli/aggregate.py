@@ -38,6 +38,8 @@ class Rule(str, Enum):
     exact = "exact"
 
 
+WITHSTANDS = (Rule.trimmed, Rule.krum, Rule.multi_krum)  # a number of bad ones
+
 # Options that `fedrot inspect` has, too.
 Weights = Annotated[
     str | None, typer.Option(help="3,1 or a JSON file: a list, or an object by folder name.")
@@ -49,7 +51,15 @@ Lam = Annotated[
         "layer and client."
     ),
 ]
-Fitted = Annotated[Align, typer.Option(help="Factors the rotation is fitted to.")]
+# The names of the choices would leave the help no room beside them: it says them itself.
+Fitted = Annotated[
+    Align,
+    typer.Option(
+        metavar="NAME",
+        help="What the rotation is fitted to: joint, A or B of the reference; gpa: the mean of "
+        "the aligned; optimal: the error itself.",
+    ),
+]
 Energy = Annotated[
     float | None,
     typer.Option(
@@ -108,15 +118,21 @@ def aggregate(
     rule: Annotated[
         Rule | None,
         typer.Option(
-            help="How they are combined: mean of the aligned ones, or what withstands bad ones; "
-            "exact: the best approximation of the exact mean, nothing is rotated. Mean if not "
-            "given, exact with --rank auto.",
+            metavar="NAME",
+            help="How they are combined: mean of the aligned ones; median, trimmed, krum, "
+            "multi-krum, clip: what withstands bad ones; exact: the best approximation of the "
+            "exact mean, nothing is rotated. Mean if not given, exact with --rank auto.",
             show_default=False,
         ),
     ] = None,
     attackers: Annotated[
-        int, typer.Option(help="How many bad ones to withstand: trimmed, krum, multi-krum.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="For --rule trimmed, krum, multi-krum: how many bad ones to withstand; 1 if not "
+            "given.",
+            show_default=False,
+        ),
+    ] = None,
     rank: Annotated[
         str | None,
         typer.Option(
@@ -135,16 +151,25 @@ def aggregate(
 
     wanted = read_rank(rank)
     rule = rule or (Rule.exact if wanted == "auto" else Rule.mean)
+    if attackers is not None and rule not in WITHSTANDS:
+        raise FedrotError(
+            f"--attackers {attackers} is for --rule {', '.join(r.value for r in WITHSTANDS)}; "
+            f"--rule {rule.value} has no such number"
+        )
     turn = read_lam(lam)
     method: FedRot | FlexLoRA | Robust
     if rule is Rule.exact:
         if turn != 1.0 or align is not Align.joint or proper is not None:
-            raise FedrotError("--lam, --align and --proper are of rotations; --rule exact has none")
+            raise FedrotError(
+                "--lam, --align and --proper are of rotations; --rule exact has none"
+                + (", and --rank auto goes with it" if wanted == "auto" else "")
+            )
         method = FlexLoRA("reference")
     elif rule is Rule.mean:
         method = FedRot(turn, align.value, True if proper is None else proper)
     else:
-        method = Robust(rule.value, attackers, lam=turn, align=align.value, proper=bool(proper))
+        count = 1 if attackers is None else attackers
+        method = Robust(rule.value, count, lam=turn, align=align.value, proper=bool(proper))
     adapters.check_distinct(clients)
     adapters.check_output(output, [*clients, *([reference] if reference else [])], force)
     parsed = adapters.parse_weights(weights, clients)
@@ -227,4 +252,7 @@ def _how(method: FedRot | FlexLoRA | Robust) -> str:
 
 def error_text(error: float | None, relative: float | None) -> str:
     """`0.123 (4.5 %)`: an aggregation error, and its part of the norm of the mean update."""
-    return f"{error:.4g}" + (f" ({100 * relative:.2g} %)" if relative is not None else "")
+    if relative is None:
+        return f"{error:.4g}"
+    share = 100 * relative
+    return f"{error:.4g} ({share:.0f} %)" if share >= 100 else f"{error:.4g} ({share:.2g} %)"
