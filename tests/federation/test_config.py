@@ -100,8 +100,11 @@ def test_errors(override, message):
 
 
 def test_option_of_another_method_is_unknown():
-    with pytest.raises(FedrotError, match=r"unknown option 'method\.lam'; method has none"):
+    theirs = r"unknown option 'method\.lam' of fedit; it is of fedrot, robust"
+    with pytest.raises(FedrotError, match=theirs):
         load({"method": {"name": "fedit", "lam": 0.5}})
+    with pytest.raises(FedrotError, match=r"unknown option 'method\.speed'; method has none"):
+        load({"method": {"name": "fedit", "speed": 0.5}})
 
 
 def test_a_test_part_too_small_for_its_digits_names_the_option():
