@@ -23,6 +23,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(gpu_measure, "seconds_each", one_call)
     few = [c for c in gpu_checks.checks(full=False) if c[0].startswith(("polar", "weights"))]
     monkeypatch.setattr(gpu_checks, "checks", lambda full: few)
+    one = [c for c in gpu_checks.block_checks(full=False) if c[0].startswith("blocks of one")]
+    monkeypatch.setattr(gpu_checks, "block_checks", lambda full: one)
 
 
 def test_it_runs_through(quick, tmp_path, capsys):
@@ -30,7 +32,7 @@ def test_it_runs_through(quick, tmp_path, capsys):
     (file,) = tmp_path.glob("*.json")
     result = json.loads(file.read_text())
     assert (code, result["failures"]) == (0, [])
-    assert result["checks"]["cpu"]["passed"] == 3 and result["checks"]["cpu"]["failed"] == []
+    assert result["checks"]["cpu"]["passed"] == 4 and result["checks"]["cpu"]["failed"] == []
     assert {"copy", "read", "launch", "bf16 product"} <= set(result["ceilings"])
     names = [(row["case"], row["dtype"]) for row in result["cases"]]
     assert len(names) == 7 and ("llama-8b-qv-r16-n10", "float32") in names
