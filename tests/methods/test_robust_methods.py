@@ -213,6 +213,8 @@ def test_what_is_refused():
     for options, message in [
         ({"rule": "mean"}, "rule must be median, trimmed"),
         ({"attackers": -1}, "attackers must not be negative, got -1"),
+        ({"attackers": 2}, "attackers=2 is for trimmed, krum, multi-krum; median has no number"),
+        ({"bound": 2.0}, "bound=2.0 is for rule=clip, got rule=median"),
         ({"bound": float("inf")}, "bound must be finite"),
         ({"align": "gpa"}, "align must be joint, A or B, got 'gpa'"),
         ({"lam": "auto"}, "lam must be a number, got 'auto'"),

@@ -168,8 +168,7 @@ def aggregate(
     elif rule is Rule.mean:
         method = FedRot(turn, align.value, True if proper is None else proper)
     else:
-        count = 1 if attackers is None else attackers
-        method = Robust(rule.value, count, lam=turn, align=align.value, proper=bool(proper))
+        method = Robust(rule.value, attackers, lam=turn, align=align.value, proper=bool(proper))
     adapters.check_distinct(clients)
     adapters.check_output(output, [*clients, *([reference] if reference else [])], force)
     parsed = adapters.parse_weights(weights, clients)

@@ -81,7 +81,8 @@ def _print_result(result: Comparison, out: Path, merge_command: str | None) -> N
     seeds = len(result.seeds)
     table = Table(box=SIMPLE_HEAD, title=f"{result.task}; {seeds} seed{'s' * (seeds > 1)}")
     for index, column in enumerate(header):
-        table.add_column(column, justify="left" if index < 2 else "right")
+        number = index >= 2  # where the table is too wide, names are broken, not numbers
+        table.add_column(column, justify="right" if number else "left", no_wrap=number)
     for index, row in enumerate(rows):
         last = index + 1 == len(rows) or rows[index + 1][0] != row[0]
         repeated = index > 0 and rows[index - 1][0] == row[0]

@@ -18,14 +18,15 @@ from fedrot.factors import Factors
 from fedrot.methods.base import Method, arguments, average, checked_weights, wide
 from fedrot_kernels import ALIGN_MODES, rspace
 
-RULES = ("median", "trimmed", "krum", "multi-krum", "clip")
+WITHSTANDS = ("trimmed", "krum", "multi-krum")  # a number of bad clients
+RULES = ("median", *WITHSTANDS, "clip")
 
 
 @dataclass(frozen=True)
 class Robust(Method):
     """Rotate each client toward the reference, then combine by a rule that outliers cannot move.
 
-    ``rule``, with ``f`` = ``attackers``, the number of bad clients to withstand:
+    ``rule``, with ``f`` = ``attackers``, the number of bad clients to withstand (1 for ``None``):
 
     - ``"median"`` of every coordinate, ``"trimmed"``: its mean without the ``f`` largest and the
       ``f`` smallest values (arXiv 1803.01498).
@@ -47,7 +48,7 @@ class Robust(Method):
     name: ClassVar[str] = "Robust FedRot-LoRA"
 
     rule: str = "median"
-    attackers: int = 1
+    attackers: int | None = None
     bound: float = 0.0
     lam: float | str = 1.0  # a number
     align: str = "joint"
@@ -56,10 +57,17 @@ class Robust(Method):
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"rule must be {', '.join(RULES)}, got {self.rule!r}")
-        if self.attackers < 0:
+        if self.attackers is not None and self.attackers < 0:
             raise ValueError(f"attackers must not be negative, got {self.attackers}")
+        if self.attackers is not None and self.rule not in WITHSTANDS:
+            raise ValueError(
+                f"attackers={self.attackers} is for {', '.join(WITHSTANDS)}; "
+                f"{self.rule} has no number"
+            )
         if not 0 <= self.bound < float("inf"):
             raise ValueError(f"bound must be finite and not negative, got {self.bound}")
+        if self.bound and self.rule != "clip":
+            raise ValueError(f"bound={self.bound} is for rule=clip, got rule={self.rule}")
         if self.align not in ALIGN_MODES:
             raise ValueError(f"align must be joint, A or B, got {self.align!r}")
         if isinstance(self.lam, str):
@@ -80,7 +88,7 @@ class Robust(Method):
         w = torch.tensor(values, dtype=torch.float64, device=device)
         voters = [i for i, weight in enumerate(w.tolist()) if weight > 0]
         uploads, w = [uploads[i] for i in voters], w[voters]
-        f, clients = self.attackers, len(uploads)
+        f, clients = 1 if self.attackers is None else self.attackers, len(uploads)
         if self.rule == "krum":
             return self._mean([uploads[i] for i in krum(uploads, reference, f)[:1]], reference)
         if self.rule == "multi-krum":
