@@ -79,7 +79,9 @@ def _print_result(result: Comparison, out: Path, merge_command: str | None) -> N
 
     header, rows = comparison_table(result)
     seeds = len(result.seeds)
-    table = Table(box=SIMPLE_HEAD, title=f"{result.task}; {seeds} seed{'s' * (seeds > 1)}")
+    table = Table(
+        box=SIMPLE_HEAD, pad_edge=False, title=f"{result.task}; {seeds} seed{'s' * (seeds > 1)}"
+    )
     for index, column in enumerate(header):
         number = index >= 2  # where the table is too wide, names are broken, not numbers
         table.add_column(column, justify="right" if number else "left", no_wrap=number)
