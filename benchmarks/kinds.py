@@ -12,7 +12,6 @@ a seed that is not measured; the `rate` of each `Case` is the best.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
@@ -27,12 +26,13 @@ from typing import Any
 
 import peft
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 import fedrot
 from fedrot.cli._progress import progress
+from fedrot.files import write_json
 from fedrot.methods import FedIT, FedRot
+from fedrot.sweep.analysis import paired
 from fedrot.tasks.base import Batch, TaskData, example_losses, no_progress
 from fedrot.tasks.digits import Digits
 from fedrot.tasks.partition import dirichlet
@@ -205,12 +205,10 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
-def paired(rows: list[dict[str, float]], ours: str, theirs: str) -> str:
+def difference(rows: list[dict[str, float]], ours: str, theirs: str) -> str:
     """The mean difference with its 95 % t-interval."""
-    values = [row[ours] - row[theirs] for row in rows]
-    mean, n = statistics.mean(values), len(values)
-    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+    found = paired([row[ours] - row[theirs] for row in rows])
+    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})" if found else ""
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -222,7 +220,7 @@ def show(results: list[dict[str, Any]]) -> None:
     for result in results:
         rows = result["seeds"]
         cells = [spread([r[c] for r in rows]) if c in rows[0] else "" for c in columns]
-        cells += [paired(rows, a, b) if {a, b} <= rows[0].keys() else "" for a, b in pairs]
+        cells += [difference(rows, a, b) if {a, b} <= rows[0].keys() else "" for a, b in pairs]
         cells += [spread([r[c] for r in rows]) if c in rows[0] else "" for c in ratios]
         print(f"| {result['kind']} | {result['start']} | {' | '.join(cells)} |")
 
@@ -267,7 +265,7 @@ def main(arguments: list[str]) -> None:
         "optimizer": "adam",
     }
     used = {case.kind: case.rate for case in CASES}
-    OUT.write_text(json.dumps({**about, "rates": used, "results": results}, indent=1) + "\n")
+    write_json(OUT, {**about, "rates": used, "results": results})
     show(results)
 
 

@@ -297,10 +297,14 @@ def polar(M: Tensor, *, proper: bool = False) -> Tensor:
 
 def gram(lora_A, lora_B, ref_A, ref_B) -> tuple[Tensor, Tensor]:
     layout = Layout((lora_A, lora_B, ref_A, ref_B), None, 0.0, "joint", rotations=False)
-    return _gram(layout, on_A=True), _gram(layout, on_A=False)
+    vectors = _vectors(layout, None)
+    return (
+        _gram(layout, on_A=True, vector=vectors["VECTOR_A"]),
+        _gram(layout, on_A=False, vector=vectors["VECTOR_B"]),
+    )
 
 
-def _gram(layout: Layout, on_A: bool) -> Tensor:
+def _gram(layout: Layout, on_A: bool, vector: int) -> Tensor:
     """The Gram matrix of A or of B of every layer."""
     layers, size = layout.layers, (layout.clients + 1) * layout.largest_rank
     options = gram_options(size, *_multiplied_in(layout))
@@ -318,7 +322,7 @@ def _gram(layout: Layout, on_A: bool) -> Tensor:
             ON_A=on_A,
             CLIENT=_TYPES[layout.client_dtype],
             REFERENCE=_TYPES[layout.out_dtype],
-            VECTOR=_vectors(layout, None)["VECTOR_A" if on_A else "VECTOR_B"],
+            VECTOR=vector,
             **options,
         )
         if parts > 1:

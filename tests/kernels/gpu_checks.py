@@ -176,13 +176,18 @@ def _mixed_ranks(backend, device, *, dtype) -> None:
         compare(backend, inputs, lam=lam)
 
 
+def _views_of(device, r: int, dtype: torch.dtype) -> Inputs:
+    """Factors within larger ones that hold NaN around them."""
+    whole = _on(device, planted(3, _ragged(r), dtype)).map(
+        lambda t: torch.nn.functional.pad(t, (3, 2, 1, 2), value=torch.nan)
+    )
+    return whole.map(lambda t: t[1:-2, 3:-2])
+
+
 def _views(backend, device, *, dtype) -> None:
     """Rows that begin anywhere and are further apart than they are long; nothing else is read."""
     for r in (3, 16):
-        whole = _on(device, planted(3, _ragged(r), dtype)).map(
-            lambda t: torch.nn.functional.pad(t, (3, 2, 1, 2), value=torch.nan)
-        )
-        compare(backend, whole.map(lambda t: t[1:-2, 3:-2]))
+        compare(backend, _views_of(device, r, dtype))
 
 
 def _non_finite(backend, device, *, dtype) -> None:
@@ -350,10 +355,7 @@ def _blocks_of_two_dtypes(backend, device, *, client, ref) -> None:
 def _blocks_of_views(backend, device, *, dtype) -> None:
     """Rows that begin anywhere and are further apart than they are long; nothing else is read."""
     for r in (3, 16):
-        whole = _on(device, planted(3, _ragged(r), dtype)).map(
-            lambda t: torch.nn.functional.pad(t, (3, 2, 1, 2), value=torch.nan)
-        )
-        compare_blocks(backend, whole.map(lambda t: t[1:-2, 3:-2]))
+        compare_blocks(backend, _views_of(device, r, dtype))
 
 
 def _many_blocks(backend, device, *, dtype) -> None:

@@ -38,8 +38,6 @@ class Rule(str, Enum):
     exact = "exact"
 
 
-WITHSTANDS = (Rule.trimmed, Rule.krum, Rule.multi_krum)  # a number of bad ones
-
 # Options that `fedrot inspect` has, too.
 Weights = Annotated[
     str | None, typer.Option(help="3,1 or a JSON file: a list, or an object by folder name.")
@@ -148,12 +146,13 @@ def aggregate(
     """Align adapters to a reference and average them into one PEFT folder."""
     from fedrot import adapters
     from fedrot.methods import FedRot, FlexLoRA, Robust
+    from fedrot.methods.robust import WITHSTANDS
 
     wanted = read_rank(rank)
     rule = rule or (Rule.exact if wanted == "auto" else Rule.mean)
-    if attackers is not None and rule not in WITHSTANDS:
+    if attackers is not None and rule.value not in WITHSTANDS:
         raise FedrotError(
-            f"--attackers {attackers} is for --rule {', '.join(r.value for r in WITHSTANDS)}; "
+            f"--attackers {attackers} is for --rule {', '.join(WITHSTANDS)}; "
             f"--rule {rule.value} has no such number"
         )
     turn = read_lam(lam)
