@@ -28,6 +28,10 @@ class Clients:
     ``ranks``: the clients' own ranks in turn, none above ``lora.r``, which all have for ``null``;
     the scaling is that of ``lora.r`` for all. ``ranks_change``: every client goes on to the next of
     them from round to round.
+    ``delay``: a participant hands in what it began up to so many rounds ago, from the global
+    factors of that time; how many is drawn anew for every one, none to ``delay`` alike.
+    ``restarts``: this fraction of the participants, drawn anew, does not have the global factors
+    and trains from random ones of its own, as ``start=own``.
 
     ``attackers``: so many, the last ones, try to spoil the average (``simulation/attacks.py``):
     by the ``attack`` ``sign-flip`` or ``noise``, ``attack_strength`` times as large as the change
@@ -43,6 +47,8 @@ class Clients:
     weights: str = option("uniform", choices=("uniform", "samples"))
     ranks: tuple[int, ...] | None = option(None, at_least=1)
     ranks_change: bool = option(False)
+    delay: int = option(0, at_least=0)
+    restarts: float = option(0.0, at_least=0, at_most=1)
     attackers: int = option(0, at_least=0)
     attack: str = option("sign-flip", choices=("sign-flip", "noise", "labels"))
     attack_strength: float = option(10.0, above=0)
@@ -165,6 +171,18 @@ class Config:
                 f"{method.name} cannot go with server.optimizer={server.optimizer}, lr "
                 f"{server.rate:g}: its factors change basis or rank every round, or belong to what "
                 "was folded into the frozen weights; only fedavg with lr 1 leaves them as they are"
+            )
+        for key, late in (("delay", self.clients.delay), ("restarts", self.clients.restarts)):
+            if late and own:
+                raise FedrotError(f"clients.{key}={late:g}: start=own has nothing global to miss")
+            if late and method.folds:
+                raise FedrotError(
+                    f"clients.{key}={late:g}: {method.name} folds into the frozen weights, and all "
+                    "clients of a simulation share one state of these"
+                )
+        if self.clients.restarts and method.same_A:
+            raise FedrotError(
+                f"{method.name} has one A for all clients, clients.restarts gives some their own"
             )
         if self.clients.ranks and max(self.clients.ranks) > self.lora.r:
             largest = max(self.clients.ranks)

@@ -29,13 +29,14 @@ def option(
     default: Any,
     *,
     at_least: float | None = None,
+    at_most: float | None = None,
     above: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
     """A dataclass field with the range that :func:`build` checks."""
-    rule = {"at_least": at_least, "above": above, "below": below, "choices": choices}
-    return field(default=default, metadata=rule)
+    range = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
+    return field(default=default, metadata={**range, "choices": choices})
 
 
 def read_yaml(path: Path) -> Tree:
@@ -236,6 +237,7 @@ def _ranged(key: str, value: Any, rule: Mapping[str, Any]) -> Any:
         raise FedrotError(f"{key} must be one of {', '.join(rule['choices'])}, got {value!r}")
     for word, holds in (
         ("at_least", lambda bound: value >= bound),
+        ("at_most", lambda bound: value <= bound),
         ("above", lambda bound: value > bound),
         ("below", lambda bound: value < bound),
     ):

@@ -42,8 +42,10 @@ def serve(
     *,
     reference: Factors | None = None,
     generator: torch.Generator | None = None,
+    past: int = 1,
 ) -> Update:
-    """One round. ``reference`` replaces the method's own where clients did not start together."""
+    """One round. ``reference`` replaces the method's own where clients did not start together;
+    ``past``: of how many earlier rounds the new server keeps the factors."""
     round, factors = server.rounds, [upload.factors for upload in uploads]
     reference = reference or method.reference(server)
     aggregate = method.aggregate(factors, reference, weights, round=round, generator=generator)
@@ -64,7 +66,7 @@ def serve(
             {m: after.get(f"A/{m}", A) for m, A in aggregate.A.items()},
             {m: after.get(f"B/{m}", B) for m, B in aggregate.B.items()},
         ),
-        previous=server.factors,
+        past=(Server(server.factors, round, head=server.head), *server.past)[:past],
         merged=merged,
         personal={**server.personal, **own},
         head={name: after[f"head/{name}"] for name in head},

@@ -19,7 +19,8 @@ from fedrot.options import merge, parse_overrides
 from fedrot.server import serve
 from fedrot.simulation import checkpoint, rounds
 from fedrot.simulation.adapter import load_adapter
-from fedrot.simulation.rounds import federate, participants, prepare, run_round, train_round
+from fedrot.simulation.participants import participants
+from fedrot.simulation.rounds import federate, prepare, run_round, train_round
 from fedrot.simulation.run_dir import RunDir
 from fedrot.simulation.seeding import generator
 
@@ -187,9 +188,9 @@ STATES = {
     "fedex": ("head", ["local.head=true"]),
     "flora": ("merged", []),
     "fedsa": ("personal", ["clients.participation=2"]),
-    "fedrot": ("previous", ["method.lag=2", "method.rotation=random"]),
+    "fedrot": ("past", ["method.lag=2", "method.rotation=random"]),
     "flexlora": (
-        "previous",
+        "past",
         ["method.energy=0.8", "clients.ranks=[4,1]", "clients.ranks_change=true"],
     ),
     "rolora": ("optimizer", ["server.optimizer=fedyogi", "local.head=true"]),
@@ -233,10 +234,10 @@ def test_checkpoint_keeps_the_order_of_layers(tmp_path):
     """A safetensors file sorts its keys: layer 10 would come before layer 2."""
     names = ["layer.2", "layer.10"]
     factors = Factors({n: torch.ones(1, 2) for n in names}, {n: torch.ones(3, 1) for n in names})
-    server = Server(factors, 4, factors, personal={11: factors.B, 2: factors.B})
+    server = Server(factors, 4, (Server(factors, 3),), personal={11: factors.B, 2: factors.B})
     checkpoint.save(tmp_path / "c", server)
     read = checkpoint.load(tmp_path / "c")
-    assert list(read.factors.A) == list(read.previous.B) == names and read.rounds == 4
+    assert list(read.factors.A) == list(read.past[0].factors.B) == names and read.rounds == 4
     assert read.personal.keys() == {2, 11}
     assert all(list(B) == names for B in read.personal.values())
 
@@ -265,19 +266,6 @@ def test_what_a_run_leaves_gives_the_reported_accuracy(name, tmp_path):
     for parameter, before in head.items():
         change = trained[f"base_model.model.{parameter}"] - before
         assert float(change.norm()) > 1e-3
-
-
-def test_participants_follow_the_seed_and_the_round():
-    config = small("fedit", "clients.count=20", "clients.participation=0.25")
-    drawn = [participants(config, t) for t in range(40)]
-    assert drawn == [participants(config, t) for t in range(40)]
-    assert all(len(set(d)) == 5 and d == sorted(d) for d in drawn)
-    assert {i for d in drawn for i in d} == set(range(20))
-    other = small("fedit", "clients.count=20", "clients.participation=5", "seed=1")
-    assert [participants(other, t) for t in range(40)] != drawn
-    assert len(participants(other, 0)) == 5
-    assert participants(small("fedit"), 3) == [0, 1, 2, 3]
-    assert len(participants(small("fedit", "clients.participation=0.01"), 0)) == 1
 
 
 def test_sample_weights_weigh_by_examples():

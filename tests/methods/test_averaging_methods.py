@@ -137,7 +137,7 @@ def test_random_rotation_keeps_products_and_ruins_the_mean():
 
 def test_reference_of_the_round_before():
     older = Factors({"m": torch.ones(2, 2)}, {"m": torch.ones(1, 2)})
-    server = Server(REFERENCE, previous=older)
+    server = Server(REFERENCE, past=(Server(older),))
     assert FedRot(lag=2).reference(server) is older
     assert FedRot(lag=2).reference(Server(REFERENCE)) is REFERENCE  # the first round
     assert all(METHODS[name]().reference(server) is REFERENCE for name in METHODS)

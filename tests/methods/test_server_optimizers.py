@@ -77,7 +77,7 @@ def test_serve_steps_factors_and_head():
     assert (float(new.factors.A["m"]), float(new.factors.B["m"])) == (2.5, 2.0)
     assert float(new.head["classifier.bias"]) == 1.5
     assert float(update.aggregate.A["m"]) == 4.0 and update.folded == {} == new.merged
-    assert new.rounds == 1 and new.previous is server.factors and new.personal == {}
+    assert new.rounds == 1 and new.past[0].factors is server.factors and new.personal == {}
 
 
 def test_a_frozen_factor_has_no_step_and_its_momentum_waits():

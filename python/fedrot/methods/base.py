@@ -24,12 +24,13 @@ class Server:
 
     ``merged``: per module the sum of what was folded into its frozen weight, ``(d, k)``, on the
     scale of ``B A``; the LoRA scaling is applied where a weight is changed. ``personal``: per
-    client the ``B`` that stays with it. ``head``: trained parameters outside the adapter.
+    client the ``B`` that stays with it. ``head``: trained parameters outside the adapter. ``past``:
+    factors and head of earlier rounds, the latest first, as many as are needed.
     """
 
     factors: Factors
     rounds: int = 0  # finished ones
-    previous: Factors | None = None  # the global factors of one round earlier
+    past: tuple[Server, ...] = ()
     merged: dict[str, Tensor] = field(default_factory=dict)
     personal: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     head: dict[str, Tensor] = field(default_factory=dict)

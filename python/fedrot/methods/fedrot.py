@@ -88,7 +88,7 @@ class FedRot(Method):
             )
 
     def reference(self, server: Server) -> Factors:
-        return server.previous if self.lag == 2 and server.previous else server.factors
+        return server.past[0].factors if self.lag == 2 and server.past else server.factors
 
     def schedule(self, round: int) -> tuple[float | str, str]:
         """``lam`` and ``align`` of a round, from 0, as the operator takes them."""

@@ -20,17 +20,20 @@ Tensors = dict[str, Tensor]
 def save(path: Path, server: Server) -> None:
     tensors = {
         **_factors("factors", server.factors),
-        **(_factors("previous", server.previous) if server.previous else {}),
         **_under("merged", server.merged),
         **_under("head", server.head),
         **_under("optimizer", server.optimizer),
     }
+    for i, past in enumerate(server.past):
+        tensors.update(_factors(f"past/{i}/factors", past.factors))
+        tensors.update(_under(f"past/{i}/head", past.head))
     for client, B in server.personal.items():
         tensors.update(_under(f"personal/{client}", B))
     # The file takes no tensor that shares memory with another, as the first B of two rounds.
     tensors = {key: t.detach().clone().contiguous() for key, t in tensors.items()}
     with new_file(path) as fresh:
-        metadata = {"rounds": str(server.rounds), "modules": json.dumps(list(server.factors.A))}
+        numbers = {"rounds": str(server.rounds), "past": str(len(server.past))}
+        metadata = {**numbers, "modules": json.dumps(list(server.factors.A))}
         save_file(tensors, fresh, metadata=metadata)
 
 
@@ -42,21 +45,25 @@ def load(path: Path) -> Server:
     """
     try:
         with safe_open(path, "pt") as file:
-            rounds = int(file.metadata()["rounds"])
+            rounds, kept = int(file.metadata()["rounds"]), int(file.metadata()["past"])
             modules = json.loads(file.metadata()["modules"])  # in order; the file sorts its keys
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         personal: dict[int, Tensors] = {}
         own = _of("personal", tensors)
         for client in {key.partition("/")[0] for key in own}:
             personal[int(client)] = {m: own[f"{client}/{m}"] for m in modules}
-        previous = _of("previous", tensors)
+        factors, head = _global(modules, tensors)
+        past = []
+        for i in range(kept):
+            old, old_head = _global(modules, _of(f"past/{i}", tensors))
+            past.append(Server(old, rounds - 1 - i, head=old_head))
         return Server(
-            _read_factors(modules, _of("factors", tensors)),
+            factors,
             rounds,
-            _read_factors(modules, previous) if previous else None,
+            tuple(past),
             _of("merged", tensors),
             personal,
-            _of("head", tensors),
+            head,
             _of("optimizer", tensors),
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -67,8 +74,11 @@ def _factors(prefix: str, factors: Factors) -> Tensors:
     return {**_under(f"{prefix}/A", factors.A), **_under(f"{prefix}/B", factors.B)}
 
 
-def _read_factors(modules: list[str], tensors: Tensors) -> Factors:
-    return Factors({m: tensors[f"A/{m}"] for m in modules}, {m: tensors[f"B/{m}"] for m in modules})
+def _global(modules: list[str], tensors: Tensors) -> tuple[Factors, Tensors]:
+    """What clients download: factors and head."""
+    found = _of("factors", tensors)
+    A, B = ({m: found[f"{side}/{m}"] for m in modules} for side in "AB")
+    return Factors(A, B), _of("head", tensors)
 
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:

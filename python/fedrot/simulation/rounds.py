@@ -39,6 +39,7 @@ from fedrot.simulation.grouped import mixed_layer
 from fedrot.simulation.local import draw_batches, train_clients
 from fedrot.simulation.measures import alignment, chosen_ranks, summarised
 from fedrot.simulation.memory import Memory, remember
+from fedrot.simulation.participants import participants, start
 from fedrot.simulation.run_dir import Row, RunDir, open_run
 from fedrot.simulation.seeding import generator
 from fedrot.tasks import TaskData
@@ -217,6 +218,7 @@ def run_round(
         uploads.weights,
         reference=uploads.reference,
         generator=generator(config.seed, "server", server.rounds),
+        past=max(1, config.clients.delay),
     )
     seconds = time.perf_counter() - began
     row = {
@@ -248,32 +250,27 @@ def train_round(federation: Federation, server: Server, track: Track = no_progre
     seed, clients, method = config.seed, participants(config, round), config.method
     began = time.perf_counter()
     federation.frozen.set(server.merged)
-    ranks = [config.clients.rank(i, round) for i in clients]
-    if config.start == "own":
-        drawn = (draw_factors(model, generator(seed, "start", i + 1)) for i in clients)
-        starts = [truncate(start, r) for start, r in zip(drawn, ranks, strict=True)]
-    else:
-        starts = [method.download(server, i, r) for i, r in zip(clients, ranks, strict=True)]
+    starts = [start(config, model, server, i, federation.head) for i in clients]
     batches = [
         draw_batches(federation.examples[i], config.local, generator(seed, "batches", round, i))
         for i in clients
     ]
     done = train_clients(
         model,
-        starts,
+        [start.factors for start in starts],
         federation.data.train,
         batches,
         config.local,
         # The uploads of an own start are shared by all methods.
         parts="AB" if config.start == "own" else method.parts(round),
-        heads=[server.head for _ in clients] if server.head else None,
+        heads=[start.head for start in starts],
         memory=federation.memory,
         dropout=[generator(seed, "dropout", round, i, device=model.device) for i in clients],
         track=track,
     )
     _check_converging(clients, done.losses, round, config.local.lr)
     trained = [
-        attacks.spoiled(i, new, old, config.clients, generator(seed, "attack", round, i))
+        attacks.spoiled(i, new, old.factors, config.clients, generator(seed, "attack", round, i))
         for i, new, old in zip(clients, done.factors, starts, strict=True)
     ]
     if config.regauge:
@@ -282,15 +279,6 @@ def train_round(federation: Federation, server: Server, track: Track = no_progre
     uploads = [Upload(*upload) for upload in zip(clients, trained, done.heads, strict=True)]
     loss, seconds = float(done.losses.mean()), time.perf_counter() - began
     return _uploads(federation, uploads, method.reference(server), loss, seconds)
-
-
-def participants(config: Config, round: int) -> list[int]:
-    """Who trains in a round; the seed and the round decide."""
-    count, chosen = config.clients.count, config.clients.per_round
-    if chosen == count:
-        return list(range(count))
-    order = torch.randperm(count, generator=generator(config.seed, "participants", round))
-    return sorted(order[:chosen].tolist())
 
 
 def _uploads(

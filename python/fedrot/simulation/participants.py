@@ -1,0 +1,56 @@
+"""Who trains in a round, and from what: the global factors, older ones, or factors of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from fedrot.config import Config
+from fedrot.factors import Factors, truncate
+from fedrot.methods import Server
+from fedrot.simulation.adapter import draw_factors
+from fedrot.simulation.seeding import generator
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a client trains from; ``head`` is empty where the head is frozen."""
+
+    factors: Factors
+    head: dict[str, Tensor]
+
+
+def participants(config: Config, round: int) -> list[int]:
+    """Who trains in a round; the seed and the round decide."""
+    count, chosen = config.clients.count, config.clients.per_round
+    if chosen == count:
+        return list(range(count))
+    order = torch.randperm(count, generator=generator(config.seed, "participants", round))
+    return sorted(order[:chosen].tolist())
+
+
+def start(
+    config: Config, model: PeftModel, server: Server, client: int, head: dict[str, Tensor]
+) -> Start:
+    """Where a participant starts the round after ``server.rounds``; ``head``: the untrained one."""
+    round, seed = server.rounds, config.seed
+    rank = config.clients.rank(client, round)
+    if config.start == "own":
+        own = draw_factors(model, generator(seed, "start", client + 1))
+        return Start(truncate(own, rank), head)
+    if _drawn(config, "restart", round, client) < config.clients.restarts:
+        own = draw_factors(model, generator(seed, "restarted", round, client))
+        return Start(truncate(own, rank), head)
+    late = int(_drawn(config, "delay", round, client) * (config.clients.delay + 1))
+    if late and server.past:
+        old = server.past[min(late, len(server.past)) - 1]
+        server = replace(server, factors=old.factors, head=old.head)
+    return Start(config.method.download(server, client, rank), server.head)
+
+
+def _drawn(config: Config, purpose: str, round: int, client: int) -> float:
+    """Uniform in [0, 1)."""
+    return float(torch.rand((), generator=generator(config.seed, purpose, round, client)))
