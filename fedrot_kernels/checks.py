@@ -117,12 +117,23 @@ def check_options(lam: float, align: str) -> None:
     """The part of :func:`check` that concerns no tensor."""
     if align not in ALIGN_MODES:
         raise ValueError(f"align must be one of {', '.join(ALIGN_MODES)}, got {align!r}")
+    check_fraction("lam", lam)
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise ValueError unless the number lies in [0, 1]."""
+    check_number(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def check_number(name: str, value: float) -> None:
+    """Raise TypeError unless it can be compared with one. The schemas of the operators say so
+    themselves; `Plan` and what is in Python alone have none."""
     try:
-        inside = 0.0 <= lam <= 1.0
-    except TypeError as error:  # the schema of the operators says so itself; `Plan` has none
-        raise TypeError(f"lam must be a number, got {lam!r}") from error
-    if not inside:
-        raise ValueError(f"lam must lie in [0, 1], got {lam}")
+        value > 0.0  # noqa: B015
+    except TypeError as error:
+        raise TypeError(f"{name} must be a number, got {value!r}") from error
 
 
 def check_weights(weights: Tensor | None, clients: int, device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedrot_kernels.checks import check_fraction
 from fedrot_kernels.rspace.blocks import Blocks, times
 
 AUTO = ("auto", "auto-client")
@@ -146,11 +147,12 @@ class _Descent:
 
 
 def check_lam(lam: float | str) -> None:
-    """Raise ValueError unless ``lam`` is in [0, 1] or of ``AUTO``."""
+    """Raise ValueError unless ``lam`` is in [0, 1] or of ``AUTO``, TypeError where it is neither a
+    number nor a name."""
     if isinstance(lam, str):
         if lam not in AUTO:
             raise ValueError(
                 f"lam must be a number or auto, got {lam!r} (auto-client: one for every client)"
             )
-    elif not 0.0 <= lam <= 1.0:
-        raise ValueError(f"lam must lie in [0, 1], got {lam}")
+    else:
+        check_fraction("lam", lam)

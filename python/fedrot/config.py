@@ -180,6 +180,10 @@ class Config:
                     f"clients.{key}={late:g}: {method.name} folds into the frozen weights, and all "
                     "clients of a simulation share one state of these"
                 )
+        try:
+            method.check_clients(self.clients.per_round)
+        except ValueError as error:
+            raise FedrotError(f"method.{error}") from error
         if self.clients.restarts and method.same_A:
             raise FedrotError(
                 f"{method.name} has one A for all clients, clients.restarts gives some their own"

@@ -74,6 +74,7 @@ class StreamingAggregator:
     ) -> None:
         if nonfinite not in ("raise", "drop"):
             raise ValueError(f"nonfinite must be raise or drop, got {nonfinite!r}")
+        checks.check_number("bound", bound)
         if not bound > 0:
             raise ValueError(f"bound must be positive, got {bound}")
         if not check_factors(reference, "reference").A:
@@ -137,6 +138,7 @@ class StreamingAggregator:
         """
         name = f"client {self._clients + self._dropped if name is None else name}"
         check_factors(client, name)
+        checks.check_number(f"{name}: weight", weight)
         weight = float(weight)
         if not (weight >= 0.0 and math.isfinite(self.weight + weight)):
             raise ValueError(f"{name}: weight must be non-negative with a finite sum, got {weight}")

@@ -179,6 +179,10 @@ def test_a_state_dict_is_no_adapter():
         StreamingAggregator(state)
     with pytest.raises(TypeError, match="reference: lam must be a number, got 'auto'"):
         StreamingAggregator(ref, lam="auto")
+    with pytest.raises(TypeError, match="bound must be a number, got 'a'"):
+        StreamingAggregator(ref, bound="a")
+    with pytest.raises(TypeError, match="site-2: weight must be a number, got None"):
+        aggregator.accept(uploads[0], None, name="site-2")
     assert aggregator.clients == 5
 
 

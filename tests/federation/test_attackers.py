@@ -65,6 +65,15 @@ def test_labels_are_turned_around_for_attackers_alone(honest):
 def test_what_is_refused():
     with pytest.raises(FedrotError, match=r"clients.attackers must be below clients.count=4"):
         load(parse_overrides([*SMALL, "clients.attackers=4"]))
+    few = [*SMALL, "method.name=robust", "clients.participation=3"]
+    for rule, message in [
+        ("krum", "method.attackers must be at most N - 3 = 0 for Krum, got 1"),
+        ("multi-krum", "method.attackers must be at most N - 3 = 0 for Krum, got 1"),
+        ("trimmed", "method.attackers must be below half of the 3 clients for .*, got 2"),
+    ]:
+        options = [f"method.rule={rule}", *(["method.attackers=2"] if rule == "trimmed" else [])]
+        with pytest.raises(FedrotError, match=message):
+            load(parse_overrides([*few, *options]))
     with pytest.raises(FedrotError, match="labels needs a task that classifies"):
         prepare(
             load(

@@ -355,6 +355,8 @@ def test_bad_arguments():
         rspace.aggregate(*inputs, lam="best")
     with pytest.raises(ValueError, match=r"lam must lie in \[0, 1\], got nan"):
         rspace.aggregate(*inputs, lam=math.nan)
+    with pytest.raises(TypeError, match="lam must be a number, got None"):
+        rspace.aggregate(*inputs, lam=None)
     with pytest.raises(ValueError, match=r"layers must have one rank, got \[2, 4\]"):
         Blocks.of(*inputs)
     with pytest.raises(ValueError, match="lora_A must hold clients x layers"):

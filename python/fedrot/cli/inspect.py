@@ -74,6 +74,8 @@ def inspect(
                 f"{adapter.source}: {adapter.kind.title} has no LoRA factors to inspect"
             )
     several = reference is not None or len(read) > 1
+    if isinstance(wanted, int) and not several:
+        raise FedrotError(f"--rank {wanted} pads a reference: there must be one, or two adapters")
     uploads = measured = spectrum = None
     if several or wanted == "auto":
         # A spectrum has no need of one rank, nor of one that is large enough.

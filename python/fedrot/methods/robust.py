@@ -74,6 +74,20 @@ class Robust(Method):
             raise ValueError(f"lam must be a number, got {self.lam!r}")
         rspace.check_lam(self.lam)
 
+    @property
+    def withstands(self) -> int:
+        """``f``, the number of bad clients."""
+        return 1 if self.attackers is None else self.attackers
+
+    def check_clients(self, count: int) -> None:
+        f = self.withstands
+        if self.rule == "trimmed" and count <= 2 * f:
+            raise ValueError(
+                f"attackers must be below half of the {count} clients for rule=trimmed, got {f}"
+            )
+        if self.rule in ("krum", "multi-krum") and count < f + 3:
+            raise ValueError(f"attackers must be at most N - 3 = {count - 3} for Krum, got {f}")
+
     def aggregate(
         self,
         uploads: Sequence[Factors],
@@ -88,7 +102,8 @@ class Robust(Method):
         w = torch.tensor(values, dtype=torch.float64, device=device)
         voters = [i for i, weight in enumerate(w.tolist()) if weight > 0]
         uploads, w = [uploads[i] for i in voters], w[voters]
-        f, clients = 1 if self.attackers is None else self.attackers, len(uploads)
+        f, clients = self.withstands, len(uploads)
+        self.check_clients(clients)
         if self.rule == "krum":
             return self._mean([uploads[i] for i in krum(uploads, reference, f)[:1]], reference)
         if self.rule == "multi-krum":
@@ -97,10 +112,6 @@ class Robust(Method):
         if self.rule == "clip":
             return self._clipped(uploads, reference, w)
         cut = (clients - 1) // 2 if self.rule == "median" else f
-        if clients <= 2 * cut:
-            raise ValueError(
-                f"attackers must be below half of the {clients} clients for rule=trimmed, got {f}"
-            )
         rotations = self._rotations(uploads, reference)
         return self._each(uploads, reference, rotations, lambda t, like: trimmed_mean(t, cut))
 
@@ -162,16 +173,9 @@ def trimmed_mean(values: Tensor, cut: int) -> Tensor:
 
 def krum(uploads: Sequence[Factors], reference: Factors, attackers: int) -> list[int]:
     """The clients from the best to the worst: by the sum of squared distances of their products
-    to the ``N - attackers - 2`` nearest others. Ties go to the lower number.
-
-    Raises:
-        ValueError: there are fewer than ``attackers + 3`` clients.
-    """
+    to the ``N - attackers - 2`` nearest others, of which there must be one. Ties go to the lower
+    number."""
     nearest = len(uploads) - attackers - 2
-    if nearest < 1:
-        raise ValueError(
-            f"attackers must be at most N - 3 = {len(uploads) - 3} for Krum, got {attackers}"
-        )
     distances = product_distances(uploads, reference)
     distances.fill_diagonal_(float("inf"))
     scores = distances.sort(1).values[:, :nearest].sum(1)
