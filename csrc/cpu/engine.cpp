@@ -301,10 +301,12 @@ class Engine {
       fetch(layer, 0, 1, problem_.align, arena);
   }
 
-  // Spreads the fetching of the list over that many multiply-adds.
+  // Spreads the fetching of the list over that many multiply-adds. Where there are few to a byte,
+  // prefetches would only take the line buffers that the loads need.
   void spread(double multiply_adds, Arena& arena) const {
     double bytes = 0;
     for (const Ahead::Segment& segment : arena.segments) bytes += double(segment.bytes);
+    if (multiply_adds < 2 * bytes) arena.segments.clear();
     const Ahead::Segment* segments = arena.segments.data();
     arena.ahead = {segments, segments + arena.segments.size(), 0,
                    multiply_adds > 0 ? bytes / multiply_adds : 0};
