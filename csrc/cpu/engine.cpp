@@ -18,6 +18,7 @@
 #include "buffer.h"
 #include "kernels.h"
 #include "threads.h"
+#include "units.h"
 
 namespace fedrot::cpu {
 namespace {
@@ -36,24 +37,6 @@ std::int64_t cache_bytes() {
   return bytes;
 }
 
-// Positions begin <= t < end of A or B.
-struct Range {
-  Side side;
-  std::int64_t begin, end;
-};
-
-// Both factors of a layer in ranges that are short enough for every thread to get some.
-std::vector<Range> ranges_of(const Layer& s) {
-  constexpr std::int64_t length = 512;
-  std::vector<Range> ranges;
-  for (const Side side : {Side::A, Side::B}) {
-    const std::int64_t all = side == Side::A ? s.k : s.d;
-    for (std::int64_t t = 0; t < all; t += length)
-      ranges.push_back({side, t, std::min(t + length, all)});
-  }
-  return ranges;
-}
-
 template <class Acc>
 class Engine {
  public:
@@ -68,7 +51,7 @@ class Engine {
   }
 
   bool aggregate(const Matrix* out_A, const Matrix* out_B) {
-    if (layers_balance())
+    if (layers_balance(problem_, threads_))
       whole_layers(out_A, out_B);
     else
       in_parts(out_A, out_B);
@@ -76,16 +59,16 @@ class Engine {
   }
 
   bool rotations(void* const* out) {
-    each_block([&](int layer, int first, int last, Arena& arena) {
-      Acc* R = matrices(layer, last - first, arena);
-      covariances(layer, first, last, R, arena);
-      rotate(layer, last - first, R, arena);
-      for (int i = first; i < last; ++i, R += square(layer)) {
-        const int index = i * problem_.layers + layer;
-        const std::size_t count = std::size_t(problem_.ranks[index]) * problem_.shapes[layer].r;
-        std::memcpy(out[index], R, count * sizeof(Acc));
-      }
-    });
+    rotate_blocks(
+        [&](const Clients& b, Arena& arena) { return matrices(b.layer, b.last - b.first, arena); },
+        [&](const Clients& b, const Acc* R) {
+          for (int i = b.first; i < b.last; ++i, R += square(b.layer)) {
+            const int index = i * problem_.layers + b.layer;
+            const std::size_t count =
+                std::size_t(problem_.ranks[index]) * problem_.shapes[b.layer].r;
+            std::memcpy(out[index], R, count * sizeof(Acc));
+          }
+        });
     return finite_;
   }
 
@@ -151,10 +134,19 @@ class Engine {
       kernels_.covariance(problem_, layer, client, reference, arena.ahead, M, arena.scratch);
   }
 
-  void covariances(int layer, int first, int last, Acc* M, Arena& arena) {
+  // `fetch_next()` adds to the list what comes after the last client.
+  template <class F>
+  void covariances(int layer, int first, int last, Acc* M, Arena& arena, F fetch_next) {
     const Reference<Acc> reference = this->reference(layer, arena);
-    for (int i = first; i < last; ++i, M += square(layer))
+    for (int i = first; i < last; ++i, M += square(layer)) {
+      arena.segments.clear();
+      if (i + 1 < last)
+        fetch(layer, i + 1, i + 2, problem_.align, arena);
+      else
+        fetch_next();
+      spread(double(square(layer)) * covariance_length(problem_.shapes[layer]), arena);
       covariance(layer, i, reference, M, arena);
+    }
   }
 
   // M (count, r, r) -> R
@@ -177,31 +169,25 @@ class Engine {
       finite_ = false;
   }
 
-  // Whether threads that take one layer after the other are done at about the same time.
-  bool layers_balance() const {
-    if (problem_.layers >= 8 * threads_) return true;
-    std::vector<std::int64_t> load(threads_, 0);
-    std::int64_t total = 0;
-    for (int l = 0; l < problem_.layers; ++l) {
-      const Layer s = problem_.shapes[l];
-      const std::int64_t work = std::int64_t(s.r) * s.r * (s.d + s.k);
-      *std::min_element(load.begin(), load.end()) += work;
-      total += work;
-    }
-    return *std::max_element(load.begin(), load.end()) <= 1.15 * total / threads_;
+  void whole_layers(const Matrix* out_A, const Matrix* out_B) {
+    each_unit(problem_.layers, [&](int layer, int next, Arena& arena) {
+      if (cached_clients(layer) > 0)
+        read_once(layer, next, out_A[layer], out_B[layer], arena);
+      else
+        read_twice(layer, next, out_A[layer], out_B[layer], arena);
+    });
   }
 
-  void whole_layers(const Matrix* out_A, const Matrix* out_B) {
-    const int first = std::min(threads_, problem_.layers);
+  // work(unit, next, arena). The next one of a thread is taken before this one is done: its first
+  // clients are fetched meanwhile. There is none where `next` is not below `units`.
+  template <class F>
+  void each_unit(int units, F work) {
+    const int first = std::min(threads_, units);
     std::atomic<int> taken{first};
     parallel_for(first, threads_, [&](int unit, int thread) {
-      // The next layer is taken before this one is done: its first clients are fetched meanwhile.
-      for (int layer = unit, next; layer < problem_.layers; layer = next) {
+      for (int next; unit < units; unit = next) {
         next = taken++;
-        if (cached_clients(layer) > 0)
-          read_once(layer, next, out_A[layer], out_B[layer], arena(thread));
-        else
-          read_twice(layer, next, out_A[layer], out_B[layer], arena(thread));
+        work(unit, next, arena(thread));
       }
     });
   }
@@ -232,31 +218,28 @@ class Engine {
 
   void read_twice(int layer, int next, const Matrix& out_A, const Matrix& out_B, Arena& arena) {
     const Layer s = problem_.shapes[layer];
-    const Reference<Acc> reference = this->reference(layer, arena);
     const std::vector<Range> ranges = ranges_of(s);
     Acc* W = matrices(layer, problem_.clients, arena);
-    for (int i = 0; i < problem_.clients; ++i) {
-      arena.segments.clear();
-      if (i + 1 < problem_.clients)
-        fetch(layer, i + 1, i + 2, problem_.align, arena);
-      else
-        fetch(layer, ranges.front(), arena);
-      spread(double(square(layer)) * covariance_length(s), arena);
-      covariance(layer, i, reference, W + i * square(layer), arena);
-    }
+    covariances(layer, 0, problem_.clients, W, arena, [&] { fetch(layer, ranges.front(), arena); });
     rotate(layer, problem_.clients, W, arena);
     weigh(layer, 0, problem_.clients, W);
-    for (std::size_t j = 0; j < ranges.size(); ++j) {
-      const Range& range = ranges[j];
-      arena.segments.clear();
-      if (j + 1 < ranges.size())
-        fetch(layer, ranges[j + 1], arena);
-      else
-        fetch_layer(next, arena);
-      spread(double(problem_.clients) * square(layer) * (range.end - range.begin), arena);
-      average(layer, range, 0, problem_.clients, W, range.side == Side::A ? out_A : out_B, nullptr,
-              arena);
-    }
+    for (std::size_t j = 0; j < ranges.size(); ++j)
+      average_all(layer, ranges[j], W, ranges[j].side == Side::A ? out_A : out_B, arena, [&] {
+        if (j + 1 < ranges.size())
+          fetch(layer, ranges[j + 1], arena);
+        else
+          fetch_layer(next, arena);
+      });
+  }
+
+  // A range of all clients; `fetch_next()` as for covariances.
+  template <class F>
+  void average_all(int layer, const Range& range, const Acc* W, const Matrix& out, Arena& arena,
+                   F fetch_next) {
+    arena.segments.clear();
+    fetch_next();
+    spread(double(problem_.clients) * square(layer) * (range.end - range.begin), arena);
+    average(layer, range, 0, problem_.clients, W, out, nullptr, arena);
   }
 
   // Positions that the covariance of one client sums over.
@@ -312,21 +295,20 @@ class Engine {
                    multiply_adds > 0 ? bytes / multiply_adds : 0};
   }
 
-  // work(layer, first, last, arena) for blocks of clients of every layer.
-  template <class F>
-  void each_block(F work) {
-    struct Block {
-      int layer, first, last;
-    };
-    std::vector<Block> blocks;
-    // Every thread gets some, and none has to share a load of the reference with too few others.
-    const std::int64_t share = std::int64_t(problem_.clients) * problem_.layers / (4 * threads_);
-    const int size = int(std::clamp<std::int64_t>(share, 1, 16));
-    for (int l = 0; l < problem_.layers; ++l)
-      for (int first = 0; first < problem_.clients; first += size)
-        blocks.push_back({l, first, std::min(first + size, problem_.clients)});
-    parallel_for(int(blocks.size()), threads_, [&](int unit, int thread) {
-      work(blocks[unit].layer, blocks[unit].first, blocks[unit].last, arena(thread));
+  // The rotations of every block, into `place(block, arena)`; then `done(block, R)`.
+  template <class Place, class Done>
+  void rotate_blocks(Place place, Done done) {
+    const std::vector<Clients> blocks = blocks_of(problem_, threads_);
+    each_unit(int(blocks.size()), [&](int unit, int next, Arena& arena) {
+      const Clients& block = blocks[unit];
+      Acc* R = place(block, arena);
+      covariances(block.layer, block.first, block.last, R, arena, [&] {
+        if (next >= int(blocks.size())) return;
+        const Clients& b = blocks[next];
+        fetch(b.layer, b.first, b.first + 1, problem_.align, arena);
+      });
+      rotate(block.layer, block.last - block.first, R, arena);
+      done(block, R);
     });
   }
 
@@ -335,19 +317,19 @@ class Engine {
     for (int l = 0; l < problem_.layers; ++l)
       offset[l + 1] = offset[l] + problem_.clients * square(l);
     const auto W = uninitialized<Acc>(offset.back());
-    each_block([&](int layer, int first, int last, Arena& arena) {
-      Acc* Wi = W.get() + offset[layer] + first * square(layer);
-      covariances(layer, first, last, Wi, arena);
-      rotate(layer, last - first, Wi, arena);
-      weigh(layer, first, last, Wi);
-    });
+    rotate_blocks([&](const Clients& b,
+                      Arena&) { return W.get() + offset[b.layer] + b.first * square(b.layer); },
+                  [&](const Clients& b, Acc* R) { weigh(b.layer, b.first, b.last, R); });
     std::vector<std::pair<int, Range>> units;
     for (int l = 0; l < problem_.layers; ++l)
       for (const Range& range : ranges_of(problem_.shapes[l])) units.emplace_back(l, range);
-    parallel_for(int(units.size()), threads_, [&](int unit, int thread) {
+    each_unit(int(units.size()), [&](int unit, int next, Arena& arena) {
       const auto& [layer, range] = units[unit];
-      average(layer, range, 0, problem_.clients, W.get() + offset[layer],
-              (range.side == Side::A ? out_A : out_B)[layer], nullptr, arena(thread));
+      average_all(layer, range, W.get() + offset[layer],
+                  (range.side == Side::A ? out_A : out_B)[layer], arena, [&] {
+                    if (next < int(units.size()))
+                      fetch(units[next].first, units[next].second, arena);
+                  });
     });
   }
 
