@@ -70,7 +70,7 @@ class Reader {
                              const py::list& ref_B) const {
     const auto a = objects(lora_A), b = objects(lora_B), c = objects(ref_A), d = objects(ref_B);
     if (!a || !b || !c || !d) return {};
-    std::optional<Tables> tables = fedrot::read(show_, *a, *b, *c, *d);
+    std::optional<Tables> tables = fedrot::read(show_, sizeof(PyObject), *a, *b, *c, *d);
     PyErr_Clear();  // of a tensor that could not be shown
     return tables;
   }

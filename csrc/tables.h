@@ -25,8 +25,8 @@ struct Tables {
 
 // The tables of tensors that `show` can read, or nothing where any of them is not plainly as the
 // operator wants it: what is wrong, if anything, is for `check` (checks.py) to say. Says yes
-// to no call that check refuses.
-std::optional<Tables> read(dlpack::Show show, const std::vector<void*>& lora_A,
+// to no call that check refuses. `head`: bytes of every Python object, before its own words.
+std::optional<Tables> read(dlpack::Show show, std::size_t head, const std::vector<void*>& lora_A,
                            const std::vector<void*>& lora_B, const std::vector<void*>& ref_A,
                            const std::vector<void*>& ref_B);
 
