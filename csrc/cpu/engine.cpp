@@ -1,4 +1,4 @@
-// Cuts a call into units of work and spreads them over threads. Two ways, with the same bits:
+// Spreads the units of work of a call (units.h) over threads. Two ways, with the same bits:
 //   whole layers   a unit is a layer. Where a core's own cache holds several clients, each block of
 //                  them gets covariances, rotations and its share of the average before the next
 //                  one is read, so that the second read comes from that cache; else all clients
