@@ -15,7 +15,7 @@ help:  ## this list
 install: $(STAMP)  ## virtual environment in .venv with everything in it
 
 demo: $(STAMP)  ## FedIT and FedRot-LoRA in three settings, a few minutes
-	$(BIN)/fedrot compare --methods fedit,fedrot --seeds 3 --out runs/demo --resume
+	$(BIN)/fedrot compare --methods fedit,fedrot --seeds 3 --output runs/demo --resume
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest

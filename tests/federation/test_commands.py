@@ -56,7 +56,7 @@ def check_self_contained(page: Page, pictures: int):
 def test_train(tmp_path):
     config = tmp_path / "small.yaml"
     config.write_text(yaml.safe_dump({"setting": "regauge", "seed": 4}))
-    args = ["train", "--method", "fedrot", "--config", config, "--out", tmp_path, *SMALL]
+    args = ["train", "--method", "fedrot", "--config", config, "--output", tmp_path, *SMALL]
     result = run(*args)
     assert result.exit_code == 0, result.output
     folder = tmp_path / "fedrot-regauge-4"
@@ -98,7 +98,7 @@ def test_train(tmp_path):
     ],
 )
 def test_train_errors(tmp_path, args, message):
-    result = run("train", "--out", tmp_path, *TINY, *args)
+    result = run("train", "--output", tmp_path, *TINY, *args)
     assert result.exit_code == 1
     assert result.stderr.startswith("fedrot: ") and result.stderr.count("\n") == 1
     assert message in result.stderr
@@ -106,7 +106,7 @@ def test_train_errors(tmp_path, args, message):
 
 def test_compare(tmp_path, monkeypatch):
     out = tmp_path / "c"
-    args = ["compare", "--methods", "fedit,fedrot,fedrot:lam=0.5", "--seeds", "2", "--out", out]
+    args = ["compare", "--methods", "fedit,fedrot,fedrot:lam=0.5", "--seeds", "2", "--output", out]
     args += ["--settings", "rounds,regauge,one-shot", *TINY]
     trained, real = [], rounds.train_clients
 
@@ -177,7 +177,7 @@ def test_the_line_that_compare_prints_gives_the_same_adapter(tmp_path):
     from safetensors.torch import load_file
 
     out = tmp_path / "c"
-    result = run("compare", "--settings", "one-shot", "--seeds", "1", "--out", out, *TINY)
+    result = run("compare", "--settings", "one-shot", "--seeds", "1", "--output", out, *TINY)
     assert result.exit_code == 0, result.output
     words = result.stdout.splitlines()[-1].split()
     assert words[:3] == ["next", "fedrot", "aggregate"]
@@ -194,11 +194,11 @@ def test_the_line_that_compare_prints_gives_the_same_adapter(tmp_path):
 def test_no_such_line_for_a_method_that_aggregate_does_not_have(tmp_path):
     out = tmp_path / "c"
     args = ["compare", "--methods", "fedex,hetlora:norm_weights=false", "--settings", "one-shot"]
-    result = run(*args, "--seeds", "1", "--out", out, *TINY)
+    result = run(*args, "--seeds", "1", "--output", out, *TINY)
     assert result.exit_code == 0, result.output
     assert "fedrot aggregate" not in result.stdout
     assert (out / "one-shot" / "fedex" / "seed-0" / "merged.safetensors").is_file()
-    wrong = run("compare", "--methods", "fedit,ffa", "--out", tmp_path / "d", *TINY)
+    wrong = run("compare", "--methods", "fedit,ffa", "--output", tmp_path / "d", *TINY)
     assert wrong.exit_code == 1 and not (tmp_path / "d").exists()
     assert "FFA-LoRA has one A for all clients, regauge gives each its own" in wrong.stderr
 
@@ -215,7 +215,7 @@ def test_no_such_line_for_a_method_that_aggregate_does_not_have(tmp_path):
     ],
 )
 def test_compare_errors_before_anything_runs(tmp_path, args, message):
-    result = run("compare", "--out", tmp_path / "c", *TINY, *args)
+    result = run("compare", "--output", tmp_path / "c", *TINY, *args)
     assert result.exit_code == 1
     assert message in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "c").exists()

@@ -220,7 +220,7 @@ def test_a_missing_package_is_one_line_before_anything_runs(tmp_path, monkeypatc
     monkeypatch.setattr(importlib.util, "find_spec", hidden)
     for command in (["train"], ["compare", "--settings", "rounds"]):
         out = tmp_path / command[0]
-        args = [*command, "--out", str(out), "--log", "wandb", *SMALL]
+        args = [*command, "--output", str(out), "--log", "wandb", *SMALL]
         result = CliRunner().invoke(app, args)
         assert result.exit_code == 1 and not out.exists()
         assert result.stderr == (

@@ -154,7 +154,7 @@ def test_what_is_missing_is_said_at_once(tmp_path, changes, missing):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     result = CliRunner().invoke(
-        app, ["sweep", str(write(folder)), "--out", str(folder / "out"), "--workers", "1"]
+        app, ["sweep", str(write(folder)), "--output", str(folder / "out"), "--workers", "1"]
     )
     assert result.exit_code == 0, result.output
     return folder, result.output

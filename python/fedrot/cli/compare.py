@@ -32,7 +32,9 @@ def compare(
         str | None, typer.Option(help="digits (default), strings, text, sst2, ...")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/compare"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of the comparison.")
+    ] = Path("runs/compare"),
     resume: Annotated[bool, typer.Option("--resume", help="Keep the runs already there.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace earlier runs.")] = False,
     log: Annotated[
@@ -60,17 +62,17 @@ def compare(
             listed(settings),
             range(seed, seed + seeds),
             options,
-            out,
+            output,
             resume=resume,
             force=force,
             log=listed(log),
             track=track,
         )
     if not quiet:
-        _print_result(result, out, comparison.merge_command(result, program()))
+        _print_result(result, output, comparison.merge_command(result, program()))
 
 
-def _print_result(result: Comparison, out: Path, merge_command: str | None) -> None:
+def _print_result(result: Comparison, output: Path, merge_command: str | None) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -97,9 +99,9 @@ def _print_result(result: Comparison, out: Path, merge_command: str | None) -> N
     typer.echo("plain: that of the same uploads averaged factor by factor; angle: in degrees.")
     for sentence in findings(result):
         typer.echo(sentence)
-    pictures = sorted(out.glob("*.png"))
+    pictures = sorted(output.glob("*.png"))
     for picture in pictures:
         typer.echo(f"picture  {picture}")
-    typer.echo(f"report   {out / 'report.html'}")
+    typer.echo(f"report   {output / 'report.html'}")
     if merge_command:
         typer.echo(f"next     {merge_command}")

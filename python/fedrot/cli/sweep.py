@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 def sweep(
     experiment: Annotated[Path, typer.Argument(help="YAML file, as in experiments/.")],
     seeds: Annotated[int | None, typer.Option(min=1, help="Instead of the file's.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder; runs/NAME of the experiment if not given.")
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder; runs/NAME of the experiment if not given."),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time; all cores if not given.")
@@ -41,7 +42,7 @@ def sweep(
 
     changes: dict[str, Any] = {} if seeds is None else {"seeds": seeds}
     planned = read_experiment(experiment, changes)
-    folder = out or Path("runs") / planned.name
+    folder = output or Path("runs") / planned.name
     if force:
         clear(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,9 @@ def train(
     name: Annotated[
         str | None, typer.Option(help="Name of the run; METHOD-SETTING-SEED if not given.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the runs.")] = Path(
+        "runs"
+    ),
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier run.")] = False,
     log: Annotated[
@@ -62,7 +64,7 @@ def train(
 
     resolved = load(given)
     label = name_of(resolved.method, METHODS)
-    run = out / (name or f"{label}-{resolved.setting}-{resolved.seed}")
+    run = output / (name or f"{label}-{resolved.setting}-{resolved.seed}")
     with progress(quiet) as track:
         summary = federate(resolved, run, resume=resume, force=force, log=listed(log), track=track)
     if not quiet:

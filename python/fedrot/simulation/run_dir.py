@@ -113,7 +113,7 @@ def open_run(path: Path, config: Tree, *, resume: bool = False, force: bool = Fa
         path.mkdir(parents=True, exist_ok=True)
         _write_config(path, config)
     elif not (path / "config.yaml").is_file():
-        raise FedrotError(f"{path} is not empty and not a run; choose another --name or --out")
+        raise FedrotError(f"{path} is not empty and not a run; choose another --name or --output")
     elif force:
         _clear(path)
         _write_config(path, config)
