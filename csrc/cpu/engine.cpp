@@ -144,7 +144,9 @@ class Engine {
         fetch(layer, i + 1, i + 2, problem_.align, arena);
       else
         fetch_next();
-      spread(double(square(layer)) * covariance_length(problem_.shapes[layer]), arena);
+      const Layer s = problem_.shapes[layer];
+      const double elements = double(s.r) * covariance_length(s);
+      spread(elements, elements * s.r, arena);
       covariance(layer, i, reference, M, arena);
     }
   }
@@ -178,8 +180,8 @@ class Engine {
     });
   }
 
-  // work(unit, next, arena). The next one of a thread is taken before this one is done: its first
-  // clients are fetched meanwhile. There is none where `next` is not below `units`.
+  // work(unit, next, arena). The next one of a thread is taken before this one is done: what it
+  // reads first is fetched meanwhile. There is none where `next` is not below `units`.
   template <class F>
   void each_unit(int units, F work) {
     const int first = std::min(threads_, units);
@@ -206,7 +208,8 @@ class Engine {
         fetch(layer, last, std::min(last + block, problem_.clients), Align::joint, arena);
       else
         fetch_layer(next, arena);
-      spread(double(last - first) * square(layer) * (covariance_length(s) + s.d + s.k), arena);
+      const double directions = double(last - first) * s.r, positions = s.d + s.k;
+      spread(directions * positions, directions * s.r * (covariance_length(s) + positions), arena);
       for (int i = first; i < last; ++i)
         covariance(layer, i, reference, W + (i - first) * square(layer), arena);
       rotate(layer, last - first, W, arena);
@@ -238,7 +241,9 @@ class Engine {
                    F fetch_next) {
     arena.segments.clear();
     fetch_next();
-    spread(double(problem_.clients) * square(layer) * (range.end - range.begin), arena);
+    const int r = problem_.shapes[layer].r;
+    const double elements = double(problem_.clients) * r * (range.end - range.begin);
+    spread(elements, elements * r, arena);
     average(layer, range, 0, problem_.clients, W, out, nullptr, arena);
   }
 
@@ -284,12 +289,13 @@ class Engine {
       fetch(layer, 0, 1, problem_.align, arena);
   }
 
-  // Spreads the fetching of the list over that many multiply-adds. Where there are few to a byte,
-  // prefetches would only take the line buffers that the loads need.
-  void spread(double multiply_adds, Arena& arena) const {
+  // Spreads the fetching of the list over work that reads so many elements and does so many
+  // multiply-adds. Where there are few to a byte, prefetches would only take the line buffers that
+  // the loads need.
+  void spread(double elements, double multiply_adds, Arena& arena) const {
+    if (multiply_adds < 2 * elements * bytes_of(problem_.client_dtype)) arena.segments.clear();
     double bytes = 0;
     for (const Ahead::Segment& segment : arena.segments) bytes += double(segment.bytes);
-    if (multiply_adds < 2 * bytes) arena.segments.clear();
     const Ahead::Segment* segments = arena.segments.data();
     arena.ahead = {segments, segments + arena.segments.size(), 0,
                    multiply_adds > 0 ? bytes / multiply_adds : 0};

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "../problem.h"
@@ -10,21 +11,28 @@
 
 namespace fedrot::cpu {
 
-// How much longer than all of them on average the busiest thread may take.
+// How much longer than all threads on average the busiest one works, where each takes the next unit
+// when it is done with one.
+inline double imbalance(const std::vector<double>& units, int threads) {
+  std::vector<double> load(threads, 0);
+  double total = 0;
+  for (const double work : units) {
+    *std::min_element(load.begin(), load.end()) += work;
+    total += work;
+  }
+  return *std::max_element(load.begin(), load.end()) * threads / total;
+}
 constexpr double balanced = 1.15;
+
+// Multiply-adds of one client for one term.
+inline double work(const Layer& s) { return double(s.r) * s.r * (s.d + s.k); }
 
 // Whether threads that take one layer after the other are done at about the same time.
 inline bool layers_balance(const Problem& p, int threads) {
   if (p.layers >= 8 * threads) return true;
-  std::vector<std::int64_t> load(threads, 0);
-  std::int64_t total = 0;
-  for (int l = 0; l < p.layers; ++l) {
-    const Layer s = p.shapes[l];
-    const std::int64_t work = std::int64_t(s.r) * s.r * (s.d + s.k);
-    *std::min_element(load.begin(), load.end()) += work;
-    total += work;
-  }
-  return *std::max_element(load.begin(), load.end()) <= balanced * total / threads;
+  std::vector<double> units;
+  for (int l = 0; l < p.layers; ++l) units.push_back(work(p.shapes[l]));
+  return imbalance(units, threads) <= balanced;
 }
 
 // Clients first <= i < last of a layer.
@@ -36,18 +44,24 @@ struct Clients {
 // loads the reference of its layer.
 inline std::vector<Clients> blocks_of(const Problem& p, int threads) {
   constexpr int most = 16;  // a batch of small rotations has no use for more
-  const auto idle = [&](int units) {
-    const int turns = (units + threads - 1) / threads;
-    return turns * threads > balanced * units;
-  };
-  int pieces = 1;
-  while (pieces < p.clients && idle(p.layers * pieces)) ++pieces;
-  const int size = std::min((p.clients + pieces - 1) / pieces, most);
-  std::vector<Clients> blocks;
-  for (int l = 0; l < p.layers; ++l)
-    for (int first = 0; first < p.clients; first += size)
-      blocks.push_back({l, first, std::min(first + size, p.clients)});
-  return blocks;
+  const int fewest = (p.clients + most - 1) / most;
+  std::vector<Clients> best;
+  double least = 0;
+  for (int pieces = fewest; pieces <= std::min(p.clients, fewest + 4 * threads); ++pieces) {
+    std::vector<Clients> blocks;
+    std::vector<double> units;
+    for (int l = 0; l < p.layers; ++l)
+      for (int piece = 0; piece < pieces; ++piece) {
+        const int first = int(std::int64_t(p.clients) * piece / pieces);
+        const int last = int(std::int64_t(p.clients) * (piece + 1) / pieces);
+        blocks.push_back({l, first, last});
+        units.push_back(work(p.shapes[l]) * (last - first));
+      }
+    const double longest = imbalance(units, threads);
+    if (best.empty() || longest < least) best = std::move(blocks), least = longest;
+    if (least <= balanced) break;
+  }
+  return best;
 }
 
 // Positions begin <= t < end of A or B.

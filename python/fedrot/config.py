@@ -28,10 +28,10 @@ class Clients:
     ``ranks``: the clients' own ranks in turn, none above ``lora.r``, which all have for ``null``;
     the scaling is that of ``lora.r`` for all. ``ranks_change``: every client goes on to the next of
     them from round to round.
-    ``delay``: a participant hands in what it began up to so many rounds ago, from the global
-    factors of that time; how many is drawn anew for every one, none to ``delay`` alike.
-    ``restarts``: this fraction of the participants, drawn anew, does not have the global factors
-    and trains from random ones of its own, as ``start=own``.
+    ``delay``: a participant starts from the global factors (and head) of up to so many rounds ago,
+    or from the first; how many is drawn anew for every one, none to ``delay`` alike. ``restarts``:
+    the probability that a participant does not have the global factors and trains from random ones
+    of its own, as ``start=own``, and the untrained head.
 
     ``attackers``: so many, the last ones, try to spoil the average (``simulation/attacks.py``):
     by the ``attack`` ``sign-flip`` or ``noise``, ``attack_strength`` times as large as the change
@@ -175,6 +175,11 @@ class Config:
         for key, late in (("delay", self.clients.delay), ("restarts", self.clients.restarts)):
             if late and own:
                 raise FedrotError(f"clients.{key}={late:g}: start=own has nothing global to miss")
+            if late and method.personal:
+                raise FedrotError(
+                    f"clients.{key}={late:g}: {method.name} leaves B with the clients, and it fits "
+                    "the latest A"
+                )
             if late and method.folds:
                 raise FedrotError(
                     f"clients.{key}={late:g}: {method.name} folds into the frozen weights, and all "
@@ -183,7 +188,12 @@ class Config:
         try:
             method.check_clients(self.clients.per_round)
         except ValueError as error:
-            raise FedrotError(f"method.{error}") from error
+            raise FedrotError(f"method: {error} in a round") from error
+        if self.clients.delay and method.parts(0) != method.parts(1):
+            raise FedrotError(
+                f"clients.delay={self.clients.delay}: {method.name} trains one factor in a round, "
+                "and a late client's other one would be an old one"
+            )
         if self.clients.restarts and method.same_A:
             raise FedrotError(
                 f"{method.name} has one A for all clients, clients.restarts gives some their own"

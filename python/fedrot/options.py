@@ -35,8 +35,8 @@ def option(
     choices: tuple[str, ...] | None = None,
 ) -> Any:
     """A dataclass field with the range that :func:`build` checks."""
-    range = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
-    return field(default=default, metadata={**range, "choices": choices})
+    bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
+    return field(default=default, metadata={**bounds, "choices": choices})
 
 
 def read_yaml(path: Path) -> Tree:

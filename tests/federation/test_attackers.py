@@ -67,9 +67,12 @@ def test_what_is_refused():
         load(parse_overrides([*SMALL, "clients.attackers=4"]))
     few = [*SMALL, "method.name=robust", "clients.participation=3"]
     for rule, message in [
-        ("krum", "method.attackers must be at most N - 3 = 0 for Krum, got 1"),
-        ("multi-krum", "method.attackers must be at most N - 3 = 0 for Krum, got 1"),
-        ("trimmed", "method.attackers must be below half of the 3 clients for .*, got 2"),
+        ("krum", "method: rule=krum with attackers=1 needs at least 4 clients, got 3 in a round"),
+        (
+            "multi-krum",
+            "rule=multi-krum with attackers=1 needs at least 4 clients, got 3 in a round",
+        ),
+        ("trimmed", "rule=trimmed with attackers=2 needs at least 5 clients, got 3 in a round"),
     ]:
         options = [f"method.rule={rule}", *(["method.attackers=2"] if rule == "trimmed" else [])]
         with pytest.raises(FedrotError, match=message):

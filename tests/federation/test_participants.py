@@ -9,9 +9,10 @@ from small import SMALL
 from fedrot.config import load
 from fedrot.errors import FedrotError
 from fedrot.options import merge, parse_overrides
-from fedrot.server import serve
-from fedrot.simulation.participants import participants, start
-from fedrot.simulation.rounds import federate, prepare, train_round
+from fedrot.simulation import rounds
+from fedrot.simulation.local import train_clients
+from fedrot.simulation.participants import Start, participants
+from fedrot.simulation.rounds import federate, prepare, run_round, train_round
 from fedrot.simulation.run_dir import RunDir
 
 
@@ -23,20 +24,26 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def rounds_of(federation, count):
+def rounds_of(federation, count, tmp_path):
     """The servers before each round, and after the last."""
-    config, servers = federation.config, [federation.start()]
+    run, servers = RunDir(tmp_path), [federation.start()]
     for _ in range(count):
-        uploads = train_round(federation, servers[-1])
-        past = max(1, config.clients.delay)
-        update = serve(config.method, config.server, servers[-1], uploads.clients, past=past)
-        servers.append(update.server)
+        servers.append(run_round(federation, run, servers[-1])[0])
     return servers
 
 
 def starts(federation, server):
-    count = federation.config.clients.count
-    return [start(federation.config, federation.model, server, i, {}) for i in range(count)]
+    """What every client trains from in the next round: as training itself is called."""
+    seen = []
+
+    def spy(model, starts, *args, heads, **options):
+        seen.extend(zip(starts, heads, strict=True))
+        return train_clients(model, starts, *args, heads=heads, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "train_clients", spy)
+        train_round(federation, server)
+    return [Start(*start) for start in seen]
 
 
 def test_participants_follow_the_seed_and_the_round():
@@ -52,9 +59,9 @@ def test_participants_follow_the_seed_and_the_round():
     assert len(participants(small("fedit", "clients.participation=0.01"), 0)) == 1
 
 
-def test_delayed_clients_start_from_the_factors_of_that_time():
+def test_delayed_clients_start_from_the_factors_of_that_time(tmp_path):
     federation = prepare(small("fedit", "clients.count=8", "clients.delay=2", "local.head=true"))
-    servers = rounds_of(federation, 4)
+    servers = rounds_of(federation, 4, tmp_path)
     found = []
     for t, server in enumerate(servers):
         for s in starts(federation, server):
@@ -68,16 +75,16 @@ def test_delayed_clients_start_from_the_factors_of_that_time():
     assert not any(torch.equal(heads[i], heads[i + 1]) for i in range(4))
 
 
-def test_without_delay_all_start_from_the_latest():
+def test_without_delay_all_start_from_the_latest(tmp_path):
     federation = prepare(small("fedit"))
-    server = rounds_of(federation, 2)[-1]
+    server = rounds_of(federation, 2, tmp_path)[-1]
     assert all(equal(s.factors.B, server.factors.B) for s in starts(federation, server))
     assert len(server.past) == 1
 
 
-def test_clients_that_begin_anew_train_from_factors_of_their_own():
+def test_clients_that_begin_anew_train_from_factors_of_their_own(tmp_path):
     federation = prepare(small("fedit", "clients.count=8", "clients.restarts=0.5"))
-    servers = rounds_of(federation, 3)
+    servers = rounds_of(federation, 3, tmp_path)
     seen, own = [], 0
     for server in servers[1:]:
         for s in starts(federation, server):
@@ -90,14 +97,19 @@ def test_clients_that_begin_anew_train_from_factors_of_their_own():
             own += 1
     assert 6 <= own <= 18
     always = prepare(small("fedit", "clients.restarts=1", "clients.ranks=[4,2]"))
-    ranks = [{A.shape[0] for A in s.factors.A.values()} for s in starts(always, always.start())]
-    assert ranks == [{4}, {2}, {4}, {2}]
-    assert not any(equal(s.factors.A, always.start().factors.A) for s in starts(always, servers[0]))
+    found = starts(always, always.start())
+    assert [{A.shape[0] for A in s.factors.A.values()} for s in found] == [{4}, {2}, {4}, {2}]
+    assert not any(equal(s.factors.A, always.start().factors.A) for s in found)
+
+
+def test_clients_that_begin_anew_have_the_untrained_head(tmp_path):
+    federation = prepare(small("fedit", "clients.restarts=1", "local.head=true"))
+    server = rounds_of(federation, 1, tmp_path)[-1]
+    assert not equal(server.head, federation.head)
+    assert all(equal(s.head, federation.head) for s in starts(federation, server))
 
 
 def test_resume_with_delayed_clients_gives_the_same_numbers(tmp_path, monkeypatch):
-    from fedrot.simulation import rounds
-
     config = small("fedrot", "rounds=4", "clients.delay=3", "local.head=true")
     federate(config, tmp_path / "whole", report=False)
     real, calls = rounds.train_clients, []
@@ -130,6 +142,18 @@ def test_resume_with_delayed_clients_gives_the_same_numbers(tmp_path, monkeypatc
         (
             ("method.name=fedex", "clients.restarts=0.5"),
             "clients.restarts=0.5: FedEx-LoRA folds into the frozen weights",
+        ),
+        (
+            ("method.name=fedsa", "clients.restarts=0.5"),
+            "clients.restarts=0.5: FedSA-LoRA leaves B with the clients",
+        ),
+        (
+            ("method.name=fedsa", "clients.delay=1"),
+            "clients.delay=1: FedSA-LoRA leaves B with the clients",
+        ),
+        (
+            ("method.name=rolora", "clients.delay=1"),
+            "clients.delay=1: RoLoRA trains one factor in a round",
         ),
         (
             ("method.name=ffa", "clients.restarts=0.5"),

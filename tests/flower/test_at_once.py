@@ -170,7 +170,9 @@ def test_refused():
     larger = InProcess({**CLIENTS, 1: node(sends(np.ones((3, 2)), np.ones((2, 3))))})
     with pytest.raises(ValueError, match="rank must not exceed the global one"):
         one_round(FedLoRA(FlexLoRA()), larger, START)
-    with pytest.raises(ValueError, match="attackers must be at most N - 3 = -1 for Krum, got 1"):
+    with pytest.raises(
+        ValueError, match="rule=krum with attackers=1 needs at least 4 clients, got 2"
+    ):
         one_round(FedLoRA(Robust("krum")), grid, START)
 
 

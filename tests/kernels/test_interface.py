@@ -114,15 +114,26 @@ def test_a_sparse_tensor_is_named():
             call(*inputs)
 
 
-def test_bit_identical_for_any_number_of_threads():
-    inputs = planted(7, [(700, 1100, 4), (300, 257, 16), (64, 2048, 33)], torch.bfloat16)
+@pytest.mark.parametrize(
+    ("clients", "shapes", "dtype"),
+    [
+        (7, [(700, 1100, 4), (300, 257, 16), (64, 2048, 33)], torch.bfloat16),
+        (1, [(600, 900, 16)], torch.float32),
+        (20, [(40, 60, 4), (600, 900, 16)], torch.float32),  # more than a block holds, uneven
+        (37, [(64, 100, 8)], torch.float32),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"align": "A"}, {"align": "B"}, {"lam": 0.0}], ids=str)
+def test_bit_identical_for_any_number_of_threads(clients, shapes, dtype, options):
+    inputs = planted(clients, shapes, dtype)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3, 8, 1):
             torch.set_num_threads(threads)
-            A, B = op.align_aggregate(*inputs, torch.arange(1.0, 8.0))
-            results.append([*A, *B, *op.align(*inputs), op.polar(torch.eye(5).repeat(40, 1, 1))])
+            A, B = op.align_aggregate(*inputs, torch.arange(1.0, clients + 1), **options)
+            turns = op.polar(torch.eye(5).repeat(40, 1, 1))
+            results.append([*A, *B, *op.align(*inputs, **options), turns])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

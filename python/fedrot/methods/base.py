@@ -76,9 +76,8 @@ class Method(ABC):
                 raise ValueError(f"method: {self.name} {reason}")
 
     def check_clients(self, count: int) -> None:
-        """Raise ValueError where so many clients in a round are too few."""
-        if count < 1:
-            raise ValueError("there must be at least one client")
+        """Raise ValueError where so many clients in a round are too few for the method."""
+        return  # none are
 
     def parts(self, round: int) -> str:
         """Which factors the clients train in a round (from 0): ``"AB"``, ``"A"`` or ``"B"``."""

@@ -81,12 +81,11 @@ class Robust(Method):
 
     def check_clients(self, count: int) -> None:
         f = self.withstands
-        if self.rule == "trimmed" and count <= 2 * f:
+        fewest = {"trimmed": 2 * f + 1, "krum": f + 3, "multi-krum": f + 3}.get(self.rule, 1)
+        if count < fewest:
             raise ValueError(
-                f"attackers must be below half of the {count} clients for rule=trimmed, got {f}"
+                f"rule={self.rule} with attackers={f} needs at least {fewest} clients, got {count}"
             )
-        if self.rule in ("krum", "multi-krum") and count < f + 3:
-            raise ValueError(f"attackers must be at most N - 3 = {count - 3} for Krum, got {f}")
 
     def aggregate(
         self,
