@@ -36,12 +36,12 @@ SWITCHES = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--nodes", type=int, default=2, help="SuperNodes, and parts of the data")
-    parser.add_argument("--out", type=Path, default=Path("runs/flower"), help="the adapter")
+    parser.add_argument("--output", type=Path, default=Path("runs/flower"), help="the adapter")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for everything")
     parser.add_argument("-c", "--run-config", default="", help="as of `flwr run`: 'rounds=2'")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # through every `finally`
-    out, before = options.out.absolute(), time.time()
+    out, before = options.output.absolute(), time.time()
     config = f'clients={options.nodes} out="{out}" {options.run_config}'
     with deployment(options.nodes) as env:
         try:

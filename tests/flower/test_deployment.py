@@ -29,7 +29,7 @@ def started(tmp_path):
     processes = []
 
     def start(config: str) -> subprocess.Popen[str]:
-        command = [sys.executable, RUN, "--out", tmp_path / "adapter", "--timeout", LIMIT - 60]
+        command = [sys.executable, RUN, "--output", tmp_path / "adapter", "--timeout", LIMIT - 60]
         process = subprocess.Popen(
             [*map(str, command), "-c", config],
             env=env,
