@@ -131,8 +131,8 @@ def check_number(name: str, value: float) -> None:
     """Raise TypeError unless it can be compared with one. The schemas of the operators say so
     themselves; `Plan` and what is in Python alone have none."""
     try:
-        value > 0.0  # noqa: B015
-    except TypeError as error:
+        bool(value > 0.0)
+    except (TypeError, ValueError, RuntimeError) as error:  # the last two of several elements
         raise TypeError(f"{name} must be a number, got {value!r}") from error
 
 

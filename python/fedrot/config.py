@@ -211,7 +211,7 @@ class Config:
 
     @property
     def synthetic(self) -> bool:
-        """Whether the mismatch between clients is planted; every output says so."""
+        """Whether bases are turned on purpose; every output says so."""
         return self.regauge
 
     def tree(self) -> Tree:

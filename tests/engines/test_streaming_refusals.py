@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from clients import check, filled, problem, spoiled
@@ -181,8 +182,9 @@ def test_a_state_dict_is_no_adapter():
         StreamingAggregator(ref, lam="auto")
     with pytest.raises(TypeError, match="bound must be a number, got 'a'"):
         StreamingAggregator(ref, bound="a")
-    with pytest.raises(TypeError, match="site-2: weight must be a number, got None"):
-        aggregator.accept(uploads[0], None, name="site-2")
+    for weight in (None, torch.ones(2), np.ones(2)):
+        with pytest.raises(TypeError, match="site-2: weight must be a number, got"):
+            aggregator.accept(uploads[0], weight, name="site-2")
     assert aggregator.clients == 5
 
 
