@@ -172,8 +172,27 @@ class Config:
                 f"{server.rate:g}: its factors change basis or rank every round, or belong to what "
                 "was folded into the frozen weights; only fedavg with lr 1 leaves them as they are"
             )
-        for key, late in (("delay", self.clients.delay), ("restarts", self.clients.restarts)):
-            if late and own:
+        try:
+            method.check_clients(self.clients.per_round)
+        except ValueError as error:
+            raise FedrotError(f"method: {error} in a round") from error
+        self._check_late()
+        if self.clients.ranks and max(self.clients.ranks) > self.lora.r:
+            largest = max(self.clients.ranks)
+            raise FedrotError(f"clients.ranks must not exceed lora.r={self.lora.r}, got {largest}")
+        if self.clients.ranks_change and not self.clients.ranks:
+            raise FedrotError("clients.ranks_change=true needs clients.ranks, as [2, 4]")
+        if self.clients.ranks_change and method.personal:
+            raise FedrotError(
+                f"{method.name} leaves B with the clients, which has one rank: "
+                "clients.ranks_change must be false"
+            )
+
+    def _check_late(self) -> None:
+        """Of clients without the latest global factors."""
+        method, clients = self.method, self.clients
+        for key, late in (("delay", clients.delay), ("restarts", clients.restarts)):
+            if late and self.start == "own":
                 raise FedrotError(f"clients.{key}={late:g}: start=own has nothing global to miss")
             if late and method.personal:
                 raise FedrotError(
@@ -185,28 +204,14 @@ class Config:
                     f"clients.{key}={late:g}: {method.name} folds into the frozen weights, and all "
                     "clients of a simulation share one state of these"
                 )
-        try:
-            method.check_clients(self.clients.per_round)
-        except ValueError as error:
-            raise FedrotError(f"method: {error} in a round") from error
-        if self.clients.delay and method.parts(0) != method.parts(1):
+        if clients.delay and method.parts(0) != method.parts(1):
             raise FedrotError(
-                f"clients.delay={self.clients.delay}: {method.name} trains one factor in a round, "
+                f"clients.delay={clients.delay}: {method.name} trains one factor in a round, "
                 "and a late client's other one would be an old one"
             )
-        if self.clients.restarts and method.same_A:
+        if clients.restarts and method.same_A:
             raise FedrotError(
                 f"{method.name} has one A for all clients, clients.restarts gives some their own"
-            )
-        if self.clients.ranks and max(self.clients.ranks) > self.lora.r:
-            largest = max(self.clients.ranks)
-            raise FedrotError(f"clients.ranks must not exceed lora.r={self.lora.r}, got {largest}")
-        if self.clients.ranks_change and not self.clients.ranks:
-            raise FedrotError("clients.ranks_change=true needs clients.ranks, as [2, 4]")
-        if self.clients.ranks_change and method.personal:
-            raise FedrotError(
-                f"{method.name} leaves B with the clients, which has one rank: "
-                "clients.ranks_change must be false"
             )
 
     @property

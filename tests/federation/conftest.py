@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedrot.simulation import rounds
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -21,3 +23,22 @@ def cache(tmp_path_factory):
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("FEDROT_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """`interrupt(2)`: the second training from now on is interrupted, once."""
+    real = rounds.train_clients
+
+    def at(call):
+        calls = []
+
+        def train(*args, **options):
+            calls.append(1)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+
+        monkeypatch.setattr(rounds, "train_clients", train)
+
+    return at

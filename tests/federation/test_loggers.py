@@ -9,43 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from small import SMALL
+from small import SMALL, small
 from typer.testing import CliRunner
 
 from fedrot.cli import app
-from fedrot.config import load
 from fedrot.errors import FedrotError
-from fedrot.options import merge, parse_overrides
 from fedrot.simulation import loggers, rounds
 from fedrot.simulation.rounds import federate
 from fedrot.simulation.run_dir import RunDir, scalars
 
 
-def small(*options):
-    return load(merge({"method": {"name": "fedit"}}, parse_overrides([*SMALL, *options])))
-
-
 def federated(*args, **options):
     return federate(*args, report=False, **options)
-
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """`interrupt(2)`: the second training from now on is interrupted, once."""
-    real = rounds.train_clients
-
-    def at(call):
-        calls = []
-
-        def train(*args, **options):
-            calls.append(1)
-            if len(calls) == call:
-                raise KeyboardInterrupt
-            return real(*args, **options)
-
-        monkeypatch.setattr(rounds, "train_clients", train)
-
-    return at
 
 
 def metrics(run):
@@ -104,7 +79,7 @@ def history(records):
 
 
 def test_csv_holds_the_single_numbers_of_every_round(tmp_path):
-    federated(small("clients.participation=0.5"), tmp_path / "run")
+    federated(small("fedit", "clients.participation=0.5"), tmp_path / "run")
     rows = RunDir(tmp_path / "run").rows()
     assert all(isinstance(row.pop("clients"), list) for row in rows)
     assert read_csv(tmp_path / "run") == rows

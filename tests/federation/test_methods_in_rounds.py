@@ -9,13 +9,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from small import SMALL, SMALL_ONE_SHOT
+from small import equal, small
 
 from fedrot.config import load
 from fedrot.errors import Diverged, FedrotError
 from fedrot.factors import Factors
 from fedrot.methods import METHODS, Server
-from fedrot.options import merge, parse_overrides
 from fedrot.server import serve
 from fedrot.simulation import checkpoint, rounds
 from fedrot.simulation.adapter import load_adapter
@@ -25,16 +24,6 @@ from fedrot.simulation.run_dir import RunDir
 from fedrot.simulation.seeding import generator
 
 TIMES = ("seconds_local", "seconds_aggregation")
-
-
-def small(method, *options, setting="rounds"):
-    base = SMALL_ONE_SHOT if setting == "one-shot" else SMALL
-    chosen = {"setting": setting, "method": {"name": method}}
-    return load(merge(chosen, parse_overrides([*base, *options])))
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def one_round(federation, server):
@@ -199,23 +188,14 @@ STATES = {
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_resume_bit_for_bit(name, tmp_path, monkeypatch):
+def test_resume_bit_for_bit(name, tmp_path, interrupt):
     """With every kind of state that a checkpoint holds."""
     kind, options = STATES[name]
     config = small(name, *options)
     whole = federate(config, tmp_path / "whole")
-    real, calls = rounds.train_clients, []
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(rounds, "train_clients", interrupted)
+    interrupt(3)
     with pytest.raises(KeyboardInterrupt):
         federate(config, tmp_path / "run")
-    monkeypatch.undo()
     run = RunDir(tmp_path / "run")
     assert getattr(checkpoint.load(run.checkpoint), kind)
     again = federate(config, run.path, resume=True)

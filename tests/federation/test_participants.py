@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import SMALL
+from small import SMALL, equal, small
 
 from fedrot.config import load
 from fedrot.errors import FedrotError
-from fedrot.options import merge, parse_overrides
+from fedrot.options import parse_overrides
 from fedrot.simulation import rounds
 from fedrot.simulation.local import train_clients
 from fedrot.simulation.participants import Start, participants
 from fedrot.simulation.rounds import federate, prepare, run_round, train_round
 from fedrot.simulation.run_dir import RunDir
-
-
-def small(method, *options):
-    return load(merge({"method": {"name": method}}, parse_overrides([*SMALL, *options])))
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def rounds_of(federation, count, tmp_path):
@@ -109,21 +101,12 @@ def test_clients_that_begin_anew_have_the_untrained_head(tmp_path):
     assert all(equal(s.head, federation.head) for s in starts(federation, server))
 
 
-def test_resume_with_delayed_clients_gives_the_same_numbers(tmp_path, monkeypatch):
+def test_resume_with_delayed_clients_gives_the_same_numbers(tmp_path, interrupt):
     config = small("fedrot", "rounds=4", "clients.delay=3", "local.head=true")
     federate(config, tmp_path / "whole", report=False)
-    real, calls = rounds.train_clients, []
-
-    def interrupted(*args, **options):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args, **options)
-
-    monkeypatch.setattr(rounds, "train_clients", interrupted)
+    interrupt(4)
     with pytest.raises(KeyboardInterrupt):
         federate(config, tmp_path / "run", report=False)
-    monkeypatch.undo()
     federate(config, tmp_path / "run", resume=True, report=False)
     whole, resumed = RunDir(tmp_path / "whole").rows(), RunDir(tmp_path / "run").rows()
     for key in ("accuracy", "loss", "train_loss", "aggregation_error", "rotation_angle"):

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import SMALL, SMALL_ONE_SHOT
+from small import small
 
-from fedrot.config import load
-from fedrot.options import merge, parse_overrides
 from fedrot.simulation.adapter import load_adapter
 from fedrot.simulation.rounds import federate, prepare, run_round, train_round
 from fedrot.simulation.run_dir import RunDir
-
-
-def small(*options, setting="rounds"):
-    base = SMALL_ONE_SHOT if setting == "one-shot" else SMALL
-    chosen = {"setting": setting, "method": {"name": "flexlora"}}
-    return load(merge(chosen, parse_overrides([*base, *options])))
-
 
 CHANGING = ("clients.ranks=[4,1,2]", "clients.ranks_change=true", "local.steps=10")
 
@@ -27,7 +18,7 @@ def test_ranks_by_energy_over_the_rounds(gauge, tmp_path):
     """Every layer gets the rank that the mean of the round's uploads needs; the next round's
     clients start from that, in their own rank where it is smaller."""
     options = ("method.energy=0.9", f"method.gauge={gauge}", "local.lr=1", *CHANGING)
-    config = small(*options)
+    config = small("flexlora", *options)
     federation, run = prepare(config), RunDir(tmp_path / "none")
     server, seen = federation.start(), []
     for round in range(3):
@@ -74,7 +65,7 @@ def test_ranks_by_energy_in_one_shot(tmp_path):
     for energy in (0.5, 1):
         options = ("clients.ranks=[1,4]", f"method.energy={energy}")
         source = tmp_path / "0.5" if chosen else None
-        config = small(*options, setting="one-shot")
+        config = small("flexlora", *options, setting="one-shot")
         summary = federate(config, tmp_path / str(energy), uploads_from=source)
         chosen[energy] = set(summary["ranks"].values())
     assert max(chosen[0.5]) < 4 and chosen[1] == {4}

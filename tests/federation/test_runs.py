@@ -10,12 +10,12 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from small import SMALL, SMALL_ONE_SHOT
+from small import equal, small
 
 from fedrot.config import load
 from fedrot.errors import FedrotError
 from fedrot.methods import FedRot, Server
-from fedrot.options import merge, parse_overrides
+from fedrot.options import merge
 from fedrot.simulation import checkpoint, rounds
 from fedrot.simulation.adapter import draw_factors, load_adapter
 from fedrot.simulation.rounds import federate, prepare, train_round
@@ -23,12 +23,6 @@ from fedrot.simulation.run_dir import RunDir, open_run
 from fedrot.simulation.seeding import generator
 
 TIMES = ("seconds_local", "seconds_aggregation")
-
-
-def small(method="fedit", setting="rounds", *options):
-    base = SMALL_ONE_SHOT if setting == "one-shot" else SMALL
-    chosen = {"setting": setting, "method": {"name": method}}
-    return load(merge(chosen, parse_overrides([*base, *options])))
 
 
 def without_times(rows):
@@ -39,12 +33,8 @@ def adapter_tensors(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def test_fedit_is_the_mean_of_the_uploads(tmp_path):
-    config = small("fedit", "rounds", "rounds=1")
+    config = small("fedit", "rounds=1")
     federate(config, tmp_path / "run")
     federation = prepare(config)
     start = draw_factors(federation.model, generator(0, "start", 0))
@@ -108,7 +98,7 @@ def test_adapter_loads_in_peft_and_gives_the_reported_accuracy(tmp_path):
 
 def test_same_seed_same_numbers_other_seed_others(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        federate(small("fedit", "rounds", f"seed={seed}", "rounds=1"), tmp_path / name)
+        federate(small("fedit", f"seed={seed}", "rounds=1"), tmp_path / name)
     a, b, c = (adapter_tensors(tmp_path / n / "adapter") for n in "abc")
     assert equal(a, b)
     assert not equal(a, c)
@@ -116,21 +106,12 @@ def test_same_seed_same_numbers_other_seed_others(tmp_path):
     assert rows[0] == rows[1] != rows[2]
 
 
-def test_resume_after_an_interruption_gives_the_same_bits(tmp_path, monkeypatch):
+def test_resume_after_an_interruption_gives_the_same_bits(tmp_path, interrupt):
     config = small("fedrot")
     whole = federate(config, tmp_path / "whole")
-    real, calls = rounds.train_clients, []
-
-    def interrupted(*args, **options):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **options)
-
-    monkeypatch.setattr(rounds, "train_clients", interrupted)
+    interrupt(2)
     with pytest.raises(KeyboardInterrupt):
         federate(config, tmp_path / "run")
-    monkeypatch.undo()
     run = RunDir(tmp_path / "run")
     assert not run.finished and run.checkpoint.is_file() and len(run.rows()) == 1
     # A stop between metrics and checkpoint leaves a line too many; it is cut off.
@@ -145,7 +126,7 @@ def test_resume_after_an_interruption_gives_the_same_bits(tmp_path, monkeypatch)
 
 
 def test_what_a_run_folder_refuses(tmp_path):
-    config = small("fedit", "rounds", "rounds=1").tree()
+    config = small("fedit", "rounds=1").tree()
     path = tmp_path / "run"
     open_run(path, config)
     with pytest.raises(FedrotError, match=r"unfinished run; --resume continues it"):
@@ -180,7 +161,7 @@ def test_what_a_run_folder_refuses(tmp_path):
 
 
 def test_finished_run_is_reused_without_training(tmp_path, monkeypatch):
-    config = small("fedit", "rounds", "rounds=1")
+    config = small("fedit", "rounds=1")
     summary = federate(config, tmp_path / "run")
     monkeypatch.setattr(rounds, "train_clients", None)
     assert federate(config, tmp_path / "run", resume=True) == summary
@@ -201,13 +182,13 @@ def test_checkpoint_round_trip_and_corruption(tmp_path):
 
 def test_device():
     options = ("rounds=1", "local.steps=2")
-    here = prepare(small("fedit", "rounds", *options))
+    here = prepare(small("fedit", *options))
     if not torch.cuda.is_available():
         with pytest.raises(FedrotError, match="device=cuda, but PyTorch finds no CUDA device"):
-            prepare(small("fedit", "rounds", "device=cuda"))
-        assert prepare(small("fedit", "rounds", "device=auto")).model.device.type == "cpu"
+            prepare(small("fedit", "device=cuda"))
+        assert prepare(small("fedit", "device=auto")).model.device.type == "cpu"
         return
-    there = prepare(small("fedit", "rounds", "device=cuda", *options))
+    there = prepare(small("fedit", "device=cuda", *options))
     assert there.model.device.type == "cuda"
     start = here.start()
     pairs = zip(train_round(here, start).factors, train_round(there, start).factors, strict=True)
@@ -218,14 +199,14 @@ def test_device():
 
 
 def test_divergence_is_named(tmp_path):
-    config = small("fedit", "rounds", "local.lr=1e30")
+    config = small("fedit", "local.lr=1e30")
     with pytest.raises(FedrotError, match=r"client \d diverged in round 1.*lower local\.lr=1e\+30"):
         federate(config, tmp_path / "run")
 
 
 def test_one_shot_uploads_merge_to_the_same_adapter(tmp_path):
     """The clients on disk, merged outside the federation, give the run's adapter bit for bit."""
-    fedit, fedrot = small("fedit", "one-shot"), small("fedrot", "one-shot")
+    fedit, fedrot = (small(m, setting="one-shot") for m in ("fedit", "fedrot"))
     federate(fedit, tmp_path / "fedit")
     federate(fedrot, tmp_path / "fedrot", uploads_from=tmp_path / "fedit")
     federation = prepare(fedrot)
@@ -250,7 +231,7 @@ def test_regauge_destroys_plain_averaging_and_not_fedrot(tmp_path):
     """The regression test of the whole path, at reduced size."""
     options = ("rounds=4", "local.steps=20", "local.batch_size=16", "task.pretrain_steps=60")
     results = {
-        name: federate(small(method, setting, *options), tmp_path / name)
+        name: federate(small(method, *options, setting=setting), tmp_path / name)
         for name, method, setting in (
             ("shared", "fedit", "rounds"),
             ("plain", "fedit", "regauge"),

@@ -19,14 +19,12 @@ Tensors = dict[str, Tensor]
 
 def save(path: Path, server: Server) -> None:
     tensors = {
-        **_factors("factors", server.factors),
+        **_global(server),
         **_under("merged", server.merged),
-        **_under("head", server.head),
         **_under("optimizer", server.optimizer),
     }
     for i, past in enumerate(server.past):
-        tensors.update(_factors(f"past/{i}/factors", past.factors))
-        tensors.update(_under(f"past/{i}/head", past.head))
+        tensors.update(_under(f"past/{i}", _global(past)))
     for client, B in server.personal.items():
         tensors.update(_under(f"personal/{client}", B))
     # The file takes no tensor that shares memory with another, as the first B of two rounds.
@@ -52,10 +50,10 @@ def load(path: Path) -> Server:
         own = _of("personal", tensors)
         for client in {key.partition("/")[0] for key in own}:
             personal[int(client)] = {m: own[f"{client}/{m}"] for m in modules}
-        factors, head = _global(modules, tensors)
+        factors, head = _read_global(modules, tensors)
         past = []
         for i in range(kept):
-            old, old_head = _global(modules, _of(f"past/{i}", tensors))
+            old, old_head = _read_global(modules, _of(f"past/{i}", tensors))
             past.append(Server(old, rounds - 1 - i, head=old_head))
         return Server(
             factors,
@@ -70,12 +68,13 @@ def load(path: Path) -> Server:
         raise FedrotError(f"{path}: corrupt checkpoint ({error}); --force starts again") from error
 
 
-def _factors(prefix: str, factors: Factors) -> Tensors:
-    return {**_under(f"{prefix}/A", factors.A), **_under(f"{prefix}/B", factors.B)}
-
-
-def _global(modules: list[str], tensors: Tensors) -> tuple[Factors, Tensors]:
+def _global(server: Server) -> Tensors:
     """What clients download: factors and head."""
+    A, B = _under("factors/A", server.factors.A), _under("factors/B", server.factors.B)
+    return {**A, **B, **_under("head", server.head)}
+
+
+def _read_global(modules: list[str], tensors: Tensors) -> tuple[Factors, Tensors]:
     found = _of("factors", tensors)
     A, B = ({m: found[f"{side}/{m}"] for m in modules} for side in "AB")
     return Factors(A, B), _of("head", tensors)

@@ -36,17 +36,17 @@ def start(
     config: Config, model: PeftModel, server: Server, client: int, head: dict[str, Tensor]
 ) -> Start:
     """Where a participant starts the round after ``server.rounds``; ``head``: the untrained one."""
-    round, seed = server.rounds, config.seed
-    rank = config.clients.rank(client, round)
+    round, seed, clients = server.rounds, config.seed, config.clients
+    rank, own = clients.rank(client, round), None
     if config.start == "own":
-        own = draw_factors(model, generator(seed, "start", client + 1))
-        return Start(truncate(own, rank), head)
-    if _drawn(config, "restart", round, client) < config.clients.restarts:
-        own = draw_factors(model, generator(seed, "restarted", round, client))
-        return Start(truncate(own, rank), head)
-    late = int(_drawn(config, "delay", round, client) * (config.clients.delay + 1))
-    if late and server.past:
-        old = server.past[min(late, len(server.past)) - 1]
+        own = generator(seed, "start", client + 1)
+    elif clients.restarts and _drawn(config, "restart", round, client) < clients.restarts:
+        own = generator(seed, "restarted", round, client)
+    if own is not None:
+        return Start(truncate(draw_factors(model, own), rank), head)
+    if clients.delay and server.past:
+        late = int(_drawn(config, "delay", round, client) * (clients.delay + 1))
+        old = (server, *server.past)[min(late, len(server.past))]
         server = replace(server, factors=old.factors, head=old.head)
     return Start(config.method.download(server, client, rank), server.head)
 
