@@ -46,7 +46,8 @@ class Engine {
       const Layer s = problem.shapes[l];
       // Not the largest rank's alone: chunks of other ranks may be longer.
       scratch_ = std::max(scratch_, whole_lines<Acc>(kernels_.scratch_size(s.r)));
-      panels_ = std::max(panels_, whole_lines<Acc>(s.r * (s.d + s.k + panel_padding)));
+      panels_ = std::max(panels_, whole_lines<Acc>(kernels_.reference_size(s)));
+      sums_ = std::max(sums_, whole_lines<Acc>(s.r * (s.d + s.k)));
     }
   }
 
@@ -85,7 +86,7 @@ class Engine {
   Arena& arena(int thread) {
     Arena& a = arenas_[thread];
     if (!a.memory) {
-      a.memory = uninitialized<Acc>(scratch_ + 2 * panels_);
+      a.memory = uninitialized<Acc>(scratch_ + panels_ + sums_);
       a.scratch = a.memory.get();
       a.panels = a.scratch + scratch_;
       a.sums = a.panels + panels_;
@@ -343,7 +344,7 @@ class Engine {
   const Kernels<Acc>& kernels_ = kernels<Acc>();
   const int threads_;
   std::vector<Arena> arenas_;
-  std::size_t scratch_ = 0, panels_ = 0;  // elements an arena
+  std::size_t scratch_ = 0, panels_ = 0, sums_ = 0;  // elements an arena
   std::atomic<bool> finite_{true};
 };
 

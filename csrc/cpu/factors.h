@@ -6,6 +6,7 @@
 #include "panel.h"
 #include "product.h"
 #include "small_rank.h"
+#include "tile_factors.h"
 
 namespace fedrot {
 inline namespace FEDROT_ISA {
@@ -37,6 +38,10 @@ inline int clients_at_once(int r) { return std::min(client_group, std::max(1, 64
 template <class Acc>
 cpu::Reference<Acc> load_reference(const Problem& problem, int layer, Acc* panels, Acc* scratch) {
   const Layer s = problem.shapes[layer];
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<Acc, float>)
+    if (uses_tiles(problem, s.r)) return load_tile_reference(problem, layer, panels);
+#endif
   const Matrix &A = problem.ref_A[layer], &B = problem.ref_B[layer];
   cpu::Reference<Acc> reference{};
   if (problem.align != Align::B) {
@@ -71,7 +76,22 @@ template <class Acc>
 std::size_t panel_scratch(int r) {
   const std::size_t chunk = chunk_elements(r);
   const std::size_t turned = std::size_t(client_group) * r * lanes<Acc>;
-  return (client_group + 1) * chunk + std::max(packed_columns * turned, std::size_t(r) * r);
+  const std::size_t size =
+      (client_group + 1) * chunk + std::max(packed_columns * turned, std::size_t(r) * r);
+#if defined(__AMX_BF16__)
+  if (std::is_same_v<Acc, float>) return std::max(size, tile_scratch(r));
+#endif
+  return size;
+}
+
+// Elements that load_reference() needs for its panels.
+template <class Acc>
+std::size_t reference_size(const Layer& s) {
+  const std::size_t size = s.r * (s.d + s.k + panel_padding);
+#if defined(__AMX_BF16__)
+  if (std::is_same_v<Acc, float>) return std::max(size, tile_reference_size(s));
+#endif
+  return size;
 }
 
 // f(null pointer of the type that the clients' factors are loaded from). Above small ranks single
@@ -137,36 +157,63 @@ void covariance_from(const Problem& problem, int layer, int client,
 template <class Acc>
 void covariance(const Problem& problem, int layer, int client, const cpu::Reference<Acc>& reference,
                 Ahead& ahead, Acc* M, Acc* scratch) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<Acc, float>)
+    if (uses_tiles(problem, problem.shapes[layer].r))
+      return tile_covariance(problem, layer, client, reference, M, scratch);
+#endif
   with_client_type<Acc>(problem.shapes[layer].r, problem.client_dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     covariance_from<Acc, T>(problem, layer, client, reference, ahead, M, scratch);
   });
 }
 
-// Positions begin <= t < end of A or B: adds W_i^T A_i or B_i W_i of clients first <= i < last to
-// the sums of the clients before them; W (last - first, r, r) are weighted rotations. The last
-// block of clients rounds the result to `out`; it returns false where a value is not finite.
-// sums: what earlier blocks left, laid out like the factor without gaps; not used where `out` has
-// the accumulator's type, and may be null where one block has all clients.
+// Positions begin <= t < end of A or B in chunks of `length`: `add(at, count, C, row)` adds the
+// share of a block of clients to C, rows `row` apart. The last block of clients rounds the result
+// to `out`; it returns false where a value is not finite. sums: what earlier blocks left, laid out
+// like the factor without gaps; not used `in_place`, where `out` holds the sums, and may be null
+// where one block has all clients (then own_sums, a chunk).
+template <class Acc, class Add>
+bool average_chunks(const Problem& problem, int layer, Side side, std::int64_t begin,
+                    std::int64_t end, bool last_block, int length, bool in_place, const Matrix& out,
+                    Acc* sums, Acc* own_sums, Add add) {
+  const Layer s = problem.shapes[layer];
+  const int r = s.r;
+  bool finite = true;
+  for (std::int64_t at = begin; at < end; at += length) {
+    const int count = int(std::min<std::int64_t>(length, end - at));
+    const std::int64_t row = in_place ? out.row_stride : side == Side::B ? r : sums ? s.k : count;
+    const std::int64_t offset = side == Side::A ? at : at * row;
+    Acc* C = in_place ? static_cast<Acc*>(out.data) + offset : sums ? sums + offset : own_sums;
+    add(at, count, C, row);
+    if (!last_block) continue;
+    with_dtype(problem.ref_dtype, [&](auto* type) {
+      using Out = std::remove_pointer_t<decltype(type)>;
+      Out* to = static_cast<Out*>(out.data) + (side == Side::A ? at : at * out.row_stride);
+      const int rows = side == Side::A ? r : count, cols = side == Side::A ? count : r;
+      if (row == cols && out.row_stride == cols)
+        finite &= finish_row(C, rows * cols, to);
+      else
+        for (int p = 0; p < rows; ++p)
+          finite &= finish_row(C + p * row, cols, to + p * out.row_stride);
+    });
+  }
+  return finite;
+}
+
+// Adds W_i^T A_i or B_i W_i of clients first <= i < last to the sums of the clients before them, as
+// average_chunks() says; W (last - first, r, r) are weighted rotations.
 template <class Acc, class T>
 bool apply_from(const Problem& problem, int layer, Side side, std::int64_t begin, std::int64_t end,
                 int first, int last, const Acc* W, Ahead& ahead, const Matrix& out, Acc* sums,
                 Acc* scratch) {
-  const Layer s = problem.shapes[layer];
-  const int r = s.r, length = chunk_length(r);
+  const int r = problem.shapes[layer].r;
   const bool small = side == Side::B && is_small<Acc>(r);
   const bool in_place = is<Acc>(problem.ref_dtype) && !(small && out.row_stride != r);
   T* panels = reinterpret_cast<T*>(scratch);
   Acc *own_sums = scratch + client_group * chunk_elements(r),
       *turned = own_sums + chunk_elements(r);
-  bool finite = true;
-  for (std::int64_t at = begin; at < end; at += length) {
-    const int count = int(std::min<std::int64_t>(length, end - at));
-    // Where the sums of this chunk are, and how far apart their rows.
-    std::int64_t row = in_place ? out.row_stride : side == Side::B ? r : sums ? s.k : count;
-    const std::int64_t offset = side == Side::A ? at : at * row;
-    Acc* C = in_place ? static_cast<Acc*>(out.data) + offset : sums ? sums + offset : own_sums;
-
+  auto add = [&](std::int64_t at, int count, Acc* C, std::int64_t row) {
     const int at_once = clients_at_once(r);
     for (int i = first; i < last; i += at_once) {
       const int group = std::min(at_once, last - i);
@@ -198,19 +245,9 @@ bool apply_from(const Problem& problem, int layer, Side side, std::int64_t begin
       else if constexpr (std::is_same_v<T, Acc>)
         product<false>(count, r, group, terms, into, C, row, ahead);
     }
-    if (last < problem.clients) continue;
-    with_dtype(problem.ref_dtype, [&](auto* type) {
-      using Out = std::remove_pointer_t<decltype(type)>;
-      Out* to = static_cast<Out*>(out.data) + (side == Side::A ? at : at * out.row_stride);
-      const int rows = side == Side::A ? r : count, cols = side == Side::A ? count : r;
-      if (row == cols && out.row_stride == cols)
-        finite &= finish_row(C, rows * cols, to);
-      else
-        for (int p = 0; p < rows; ++p)
-          finite &= finish_row(C + p * row, cols, to + p * out.row_stride);
-    });
-  }
-  return finite;
+  };
+  return average_chunks(problem, layer, side, begin, end, last == problem.clients, chunk_length(r),
+                        in_place, out, sums, own_sums, add);
 }
 
 template <class Acc>
@@ -218,6 +255,18 @@ bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std
            int first, int last, const Acc* W, Ahead& ahead, const Matrix& out, Acc* sums,
            Acc* scratch) {
   bool finite = true;
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<Acc, float>)
+    if (uses_tiles(problem, problem.shapes[layer].r)) {
+      float* own_sums = scratch + tile_average_scratch(problem.shapes[layer].r);
+      return average_chunks(problem, layer, side, begin, end, last == problem.clients, tile_chunk,
+                            problem.ref_dtype == DType::f32, out, sums, own_sums,
+                            [&](std::int64_t at, int count, float* C, std::int64_t row) {
+                              tile_average(problem, layer, side, at, count, first, last, W, C, row,
+                                           scratch);
+                            });
+    }
+#endif
   with_client_type<Acc>(problem.shapes[layer].r, problem.client_dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     finite = apply_from<Acc, T>(problem, layer, side, begin, end, first, last, W, ahead, out, sums,

@@ -11,6 +11,7 @@ namespace {
 // Bits of an IEEE number; NaN and infinity are those with every bit of the exponent set.
 template <class Bits>
 bool is_finite(const Matrix& matrix, std::int64_t rows, std::int64_t columns, Bits exponent) {
+  if (matrix.row_stride == columns) columns *= rows, rows = 1;  // short rows: one long one
   for (std::int64_t row = 0; row < rows; ++row) {
     const char* values =
         static_cast<const char*>(matrix.data) + row * matrix.row_stride * sizeof(Bits);

@@ -17,11 +17,17 @@ std::size_t scratch_size(int r) {
 
 template <class Acc>
 const cpu::Kernels<Acc>& table() {
-  static const cpu::Kernels<Acc> entries{scratch_size<Acc>,   rotation_scratch<Acc>,
-                                         load_reference<Acc>, covariance<Acc>,
-                                         rotations<Acc>,      polars<Acc>,
-                                         apply<Acc>,          panel_width<Acc>,
-                                         gram_scratch<Acc>,   gram<Acc>};
+  static const cpu::Kernels<Acc> entries{scratch_size<Acc>,
+                                         rotation_scratch<Acc>,
+                                         reference_size<Acc>,
+                                         load_reference<Acc>,
+                                         covariance<Acc>,
+                                         rotations<Acc>,
+                                         polars<Acc>,
+                                         apply<Acc>,
+                                         panel_width<Acc>,
+                                         gram_scratch<Acc>,
+                                         gram<Acc>};
   return entries;
 }
 

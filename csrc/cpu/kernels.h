@@ -46,7 +46,8 @@ struct Kernels {
   // Elements of scratch that any stage needs for rank r; r x r matrices alone need the second.
   std::size_t (*scratch_size)(int r);
   std::size_t (*matrix_scratch_size)(int r);
-  // Uses panels of r * (d + k + panel_padding) elements for what cannot be read in place.
+  // Uses panels, reference_size elements, for what cannot be read in place.
+  std::size_t (*reference_size)(const Layer&);
   Reference<Acc> (*load_reference)(const Problem&, int layer, Acc* panels, Acc* scratch);
   // M (r, r) of one client and layer, zero rows beyond the client's rank.
   void (*covariance)(const Problem&, int layer, int client, const Reference<Acc>&, Ahead&, Acc* M,

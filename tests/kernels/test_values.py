@@ -298,7 +298,7 @@ def test_half_precision_keeps_the_product():
 
 
 @pytest.mark.skipif("FEDROT_CPU" in os.environ, reason="the environment limits them")
-@pytest.mark.parametrize("level", ["sse2", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["sse2", "avx2", "avx512", "amx"])
 def test_every_instruction_set(level):
     """The paths below the machine's own, each in a process of its own."""
     script = (
@@ -306,6 +306,7 @@ def test_every_instruction_set(level):
         "import torch, test_values as t\n"
         "for dtype in t.DTYPES:\n"
         "    t.compare(t.planted(3, t.ragged(5), dtype, ranks=[5, 2, 4]))\n"
+        "    t.compare(t.planted(3, t.ragged(20), dtype, ranks=[20, 17, 3]))\n"
         "x = torch.cat([torch.randn(4096) * 10.0**e for e in range(-9, 5)])\n"
         "for dtype in (torch.float16, torch.bfloat16):\n"
         "    zero = torch.zeros(1, 1)\n"
@@ -326,6 +327,6 @@ def test_every_instruction_set(level):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    order = ["portable", "sse2", "avx2", "avx512"]
+    order = ["portable", "sse2", "avx2", "avx512", "amx"]
     own = order.index(cpu.instruction_set)
     assert done.stdout.strip() == order[min(own, order.index(level))]
