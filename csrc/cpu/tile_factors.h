@@ -1,6 +1,6 @@
-// The two passes over the factors of factors.h on the matrix unit (tiles.h), for clients in
-// bfloat16. Sums over positions or directions run along the pairs of tiles, so that factors are
-// read as they lie in memory: straight into tiles where their size fits, or two rows in turns.
+// The two passes over the factors of factors.h on the matrix unit (tiles.h). Sums over positions or
+// directions run along the pairs of tiles, so that factors are read as they lie in memory: bfloat16
+// straight into tiles where their size fits, else a row, or two rows in turns.
 #pragma once
 
 #include "tiles.h"
@@ -15,8 +15,21 @@ inline namespace FEDROT_ISA {
 constexpr int tile_chunk = 512, step_positions = 32;
 
 inline bool uses_tiles(const Problem& problem, int r) {
-  constexpr int smallest = 9;  // below, tiles are mostly empty, and vectors as fast
-  return r >= smallest && problem.client_dtype == DType::bf16;
+  // Below, vectors are as fast: tiles are mostly empty, or parts take too long to make. Those of
+  // float always do.
+  return (problem.client_dtype == DType::bf16 && r >= 9) ||
+         (problem.client_dtype == DType::f16 && r >= 17);
+}
+
+constexpr int client_parts = 2;  // at most
+template <class T>
+constexpr int parts_in = std::is_same_v<T, BFloat16> ? 1 : 2;
+
+// f(null pointer of the type of the clients' factors), of those that uses_tiles() takes.
+template <class F>
+inline void with_tile_type(const Problem& problem, F f) {
+  problem.client_dtype == DType::bf16 ? f(static_cast<BFloat16*>(nullptr))
+                                      : f(static_cast<Float16*>(nullptr));
 }
 
 inline int steps_of(std::int64_t positions) {
@@ -71,34 +84,37 @@ inline cpu::Reference<float> load_tile_reference(const Problem& problem, int lay
 // Floats of scratch for tile_covariance(): the sums of both factors, and a chunk of a client.
 inline std::size_t tile_covariance_scratch(int r) {
   const std::size_t side = Cut(r, tile_rows).whole();
-  return 2 * side * side + steps_of(tile_chunk) * tile_bytes / sizeof(float);
+  return 2 * side * side + steps_of(tile_chunk) * client_parts * tile_bytes / sizeof(float);
 }
 
 // The share of one factor X of a client in M: C (its directions, the reference's) where it is A,
 // the transpose where it is B.
-inline void tile_covariance_of(Side side, const Matrix& X, int rank, int r, std::int64_t positions,
-                               const float* reference, int parts, float* C, char* packed) {
+template <class T>
+void tile_covariance_of(Side side, const Matrix& X, int rank, int r, std::int64_t positions,
+                        const float* reference, int reference_parts, float* C, char* packed) {
+  constexpr int parts = parts_in<T>;
   const Cut own(rank, tile_rows), others(r, tile_rows);
   const bool of_A = side == Side::A;
-  const std::int64_t c_row = of_A ? others.whole() : own.whole(), tile = parts * tile_bytes;
+  const std::int64_t c_row = of_A ? others.whole() : own.whole(),
+                     tile = reference_parts * tile_bytes;
   const Tiles unit(of_A ? own.size : others.size, of_A ? others.size : own.size, tile_rows, of_A);
   std::fill(C, C + own.whole() * others.whole(), 0.f);
   for (std::int64_t begin = 0; begin < positions; begin += tile_chunk) {
     const int count = int(std::min<std::int64_t>(tile_chunk, positions - begin));
     for (int p = 0; p < rank; p += own.size) {
       const int n = std::min(own.size, rank - p);
-      Operand client{packed, tile_row_bytes, tile_bytes, 0, 1, 0};
-      if (of_A && n == own.size && count % step_positions == 0) {
-        const auto* data = at<BFloat16>(X, p, begin);
+      Operand client{packed, tile_row_bytes, parts * tile_bytes, tile_bytes, parts, 0};
+      if (parts == 1 && of_A && n == own.size && count % step_positions == 0) {
+        const T* data = at<T>(X, p, begin);
         client = {reinterpret_cast<const char*>(data), 2 * X.row_stride, tile_row_bytes, 0, 1, 0};
       } else {
         for (int t = 0; t < count; t += step_positions) {
-          char* to = packed + t / step_positions * tile_bytes;
+          char* to = packed + t / step_positions * client.step;
           const int length = std::min(step_positions, count - t);
           if (of_A)
-            pack_along(at<BFloat16>(X, p, begin + t), X.row_stride, n, length, 1, to);
+            pack_along(at<T>(X, p, begin + t), X.row_stride, n, length, parts, to);
           else
-            pack_across(at<BFloat16>(X, begin + t, p), X.row_stride, length, n, tile_rows, 1, to);
+            pack_across(at<T>(X, begin + t, p), X.row_stride, length, n, tile_rows, parts, to);
         }
       }
       for (int j = 0; j < others.pieces; j += most_swept) {
@@ -108,7 +124,7 @@ inline void tile_covariance_of(Side side, const Matrix& X, int rank, int r, std:
                             tile_row_bytes,
                             others.pieces * tile,
                             tile_bytes,
-                            parts,
+                            reference_parts,
                             tile};
         const std::int64_t q = j * others.size;
         float* to = of_A ? C + p * c_row + q : C + q * c_row + p;
@@ -134,17 +150,20 @@ inline void tile_covariance(const Problem& problem, int layer, int client,
   float *of_A = scratch, *of_B = of_A + width * width;
   char* packed = reinterpret_cast<char*>(of_B + width * width);
   std::fill(M, M + r * r, 0.f);
-  if (problem.align != Align::B) {
-    tile_covariance_of(Side::A, problem.lora_A[index], rank, r, s.k, reference.A.data, parts, of_A,
-                       packed);
-    for (int p = 0; p < rank; ++p) std::copy_n(of_A + p * width, r, M + p * r);
-  }
-  if (problem.align != Align::A) {
-    tile_covariance_of(Side::B, problem.lora_B[index], rank, r, s.d, reference.B.data, parts, of_B,
-                       packed);
-    for (int p = 0; p < rank; ++p)
-      for (int q = 0; q < r; ++q) M[p * r + q] += of_B[q * height + p];
-  }
+  with_tile_type(problem, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (problem.align != Align::B) {
+      tile_covariance_of<T>(Side::A, problem.lora_A[index], rank, r, s.k, reference.A.data, parts,
+                            of_A, packed);
+      for (int p = 0; p < rank; ++p) std::copy_n(of_A + p * width, r, M + p * r);
+    }
+    if (problem.align != Align::A) {
+      tile_covariance_of<T>(Side::B, problem.lora_B[index], rank, r, s.d, reference.B.data, parts,
+                            of_B, packed);
+      for (int p = 0; p < rank; ++p)
+        for (int q = 0; q < r; ++q) M[p * r + q] += of_B[q * height + p];
+    }
+  });
 }
 
 // How the rank is cut for the average: directions of the result, and of the sum.
@@ -156,13 +175,13 @@ struct AverageCut {
   std::int64_t rotation_bytes() const {
     return std::int64_t(sum.pieces) * result.pieces * most_parts * tile_bytes;
   }
-  std::int64_t chunk_bytes() const {
-    return std::int64_t(sum.pieces) * (tile_chunk / tile_rows) * tile_bytes;
+  std::int64_t chunk_bytes(int parts) const {
+    return std::int64_t(sum.pieces) * (tile_chunk / tile_rows) * parts * tile_bytes;
   }
   // Clients at a time: as many as the second-level cache has room for.
-  int clients() const {
+  int clients(int parts) const {
     constexpr int bytes = 256 << 10;
-    return std::max(1, std::min(most_clients, bytes / int(chunk_bytes())));
+    return std::max(1, std::min(most_clients, bytes / int(chunk_bytes(parts))));
   }
   static constexpr int most_clients = 8;
 };
@@ -170,8 +189,10 @@ struct AverageCut {
 // Floats of scratch for tile_average().
 inline std::size_t tile_average_scratch(int r) {
   const AverageCut cut(r);
-  return cut.clients() * (cut.rotation_bytes() + cut.chunk_bytes()) / sizeof(float) +
-         std::size_t(cut.result.whole()) * tile_chunk;
+  std::int64_t bytes = 0;
+  for (int parts = 1; parts <= client_parts; ++parts)
+    bytes = std::max(bytes, cut.clients(parts) * (cut.rotation_bytes() + cut.chunk_bytes(parts)));
+  return bytes / sizeof(float) + std::size_t(cut.result.whole()) * tile_chunk;
 }
 
 // Weighted rotations W (last - first, r, r) as tiles [client][piece of the result][step][part].
@@ -192,11 +213,13 @@ inline void pack_rotations(const Problem& problem, int layer, Side side, int fir
 }
 
 // Tiles [step][tile of positions] of one client, packed where they cannot be loaded as they lie.
-inline Operand pack_positions(Side side, const Matrix& X, int rank, std::int64_t begin, int count,
-                              const AverageCut& cut, char* to) {
-  if (side == Side::B && rank == cut.sum.whole() && count % tile_rows == 0) {
+template <class T>
+Operand pack_positions(Side side, const Matrix& X, int rank, std::int64_t begin, int count,
+                       const AverageCut& cut, char* to) {
+  constexpr int parts = parts_in<T>;
+  if (parts == 1 && side == Side::B && rank == cut.sum.whole() && count % tile_rows == 0) {
     const std::int64_t row = 2 * X.row_stride;
-    return {reinterpret_cast<const char*>(at<BFloat16>(X, begin, 0)),
+    return {reinterpret_cast<const char*>(at<T>(X, begin, 0)),
             row,
             2 * cut.sum.size,
             0,
@@ -204,34 +227,36 @@ inline Operand pack_positions(Side side, const Matrix& X, int rank, std::int64_t
             row * tile_rows};
   }
   const int tiles = (count + tile_rows - 1) / tile_rows;
-  const std::int64_t tile = side == Side::A ? cut.pairs() * tile_row_bytes : tile_bytes;
-  const Operand operand{to, tile_row_bytes, tiles * tile, 0, 1, tile};
+  const std::int64_t tile = parts * tile_bytes;
+  const Operand operand{to, tile_row_bytes, tiles * tile, tile_bytes, parts, tile};
   for (int p = 0; p < rank; p += cut.sum.size, to += operand.step) {
     const int n = std::min(cut.sum.size, rank - p);
     if (side == Side::A)
-      pack_across(at<BFloat16>(X, p, begin), X.row_stride, n, count, cut.pairs(), 1, to, tile);
+      pack_across(at<T>(X, p, begin), X.row_stride, n, count, cut.pairs(), parts, to, tile);
     else
       for (int j = 0; j < tiles; ++j)
-        pack_along(at<BFloat16>(X, begin + j * tile_rows, p), X.row_stride,
-                   std::min(tile_rows, count - j * tile_rows), n, 1, to + j * tile);
+        pack_along(at<T>(X, begin + j * tile_rows, p), X.row_stride,
+                   std::min(tile_rows, count - j * tile_rows), n, parts, to + j * tile);
   }
   return operand;
 }
 
 // `count` positions of clients first <= i < last, cut.clients() at most, from position `begin` on:
 // C (r, count) or (count, r), in whole tiles, <- their sum, `continued` after what C holds.
-inline void tile_average_of(const Problem& problem, int layer, Side side, std::int64_t begin,
-                            int count, int first, int last, const float* W, bool continued,
-                            float* C, std::int64_t row, char* scratch) {
+template <class T>
+void tile_average_of(const Problem& problem, int layer, Side side, std::int64_t begin, int count,
+                     int first, int last, const float* W, bool continued, float* C,
+                     std::int64_t row, char* scratch) {
   const bool of_A = side == Side::A;
   const AverageCut cut(problem.shapes[layer].r);
   pack_rotations(problem, layer, side, first, last, W, scratch);
   char* packed = scratch + (last - first) * cut.rotation_bytes();
   Operand positions[AverageCut::most_clients];
-  for (int i = first; i < last; ++i, packed += cut.chunk_bytes()) {
+  for (int i = first; i < last; ++i, packed += cut.chunk_bytes(parts_in<T>)) {
     const int index = i * problem.layers + layer;
     const Matrix& X = (of_A ? problem.lora_A : problem.lora_B)[index];
-    positions[i - first] = pack_positions(side, X, problem.ranks[index], begin, count, cut, packed);
+    positions[i - first] =
+        pack_positions<T>(side, X, problem.ranks[index], begin, count, cut, packed);
   }
   const Tiles unit(of_A ? cut.result.size : tile_rows, of_A ? tile_rows : cut.result.size,
                    cut.pairs(), of_A);
@@ -286,11 +311,15 @@ inline void tile_average(const Problem& problem, int layer, Side side, std::int6
     for (int p = 0; p < rows; ++p) std::copy_n(from + p * from_row, cols, to + p * to_row);
   };
   if (!fits && first > 0) copy(C, row, own, own_row);
-  for (int i = first, end; i < last; i = end) {
-    end = std::min(i + cut.clients(), last);
-    tile_average_of(problem, layer, side, begin, count, i, end, W + std::size_t(i - first) * r * r,
-                    i > 0, fits ? C : own, fits ? row : own_row, rest);
-  }
+  with_tile_type(problem, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int i = first, end; i < last; i = end) {
+      end = std::min(i + cut.clients(parts_in<T>), last);
+      tile_average_of<T>(problem, layer, side, begin, count, i, end,
+                         W + std::size_t(i - first) * r * r, i > 0, fits ? C : own,
+                         fits ? row : own_row, rest);
+    }
+  });
   if (!fits) copy(own, own_row, C, row);
 }
 

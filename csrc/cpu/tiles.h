@@ -86,11 +86,12 @@ inline void store_sums(int count, float* C, std::int64_t next, std::int64_t c_ro
   if (count > 3) _tile_stored(3, C + 3 * next, 4 * c_row);
 }
 
-// Adds the products of a tile of one operand with `count` tiles of the other, over all steps.
+// Adds the products of a tile of one operand with `count` tiles of the other, over all steps: of
+// parts p and q, counted from 0, where p + q is below the larger number of parts.
 template <bool held_left>
 inline void multiply(int steps, Operand held, int count, const Operand& swept) {
   asm volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from memory
-  const int held_parts = held.parts, parts = swept.parts;
+  const int held_parts = held.parts, parts = swept.parts, most = std::max(held_parts, parts);
   const std::int64_t row = swept.row, part = swept.part;
   const char* others = swept.data;
   for (int s = 0; s < steps; ++s, held.data += held.step, others += swept.step) {
@@ -108,8 +109,8 @@ inline void multiply(int steps, Operand held, int count, const Operand& swept) {
   for (int q = 0; q < parts; ++q) {                             \
     _tile_loadd(7, others + sums * swept.tile + q * part, row); \
     FEDROT_ADD(sums, 4)                                         \
-    if (held_parts > 1) FEDROT_ADD(sums, 5)                     \
-    if (held_parts > 2) FEDROT_ADD(sums, 6)                     \
+    if (held_parts > 1 && q + 1 < most) FEDROT_ADD(sums, 5)     \
+    if (held_parts > 2 && q + 2 < most) FEDROT_ADD(sums, 6)     \
   }
     FEDROT_SWEEP(0)
     if (count > 1) {
@@ -126,23 +127,22 @@ inline void multiply(int steps, Operand held, int count, const Operand& swept) {
   }
 }
 
-// The first n <= 16 numbers as parts, zeros behind them.
+// The first n <= 16 numbers as bits of floats, zeros behind them.
 template <class T>
-inline void load_parts(const T* from, int n, int parts, __m256i* to) {
-  const auto lanes_used = __mmask16((1u << n) - 1);
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    *to = _mm256_maskz_loadu_epi16(lanes_used, from);
-  } else {
-    __m512 rest;
-    if constexpr (std::is_same_v<T, Float16>)
-      rest = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_used, from));
-    else
-      rest = _mm512_maskz_loadu_ps(lanes_used, from);
-    for (int p = 0; p < parts; ++p) {
-      to[p] = (__m256i)_mm512_cvtneps_pbh(rest);
-      rest -= _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(to[p]), 16));
-    }
-  }
+inline __m512i load_bits(const T* from, int n) {
+  const auto first = __mmask16((1u << n) - 1);
+  if constexpr (sizeof(T) == 4)
+    return _mm512_maskz_loadu_epi32(first, from);
+  else if constexpr (std::is_same_v<T, BFloat16>)
+    return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, from)), 16);
+  else
+    return _mm512_castps_si512(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first, from)));
+}
+
+// A part is the upper half of the bits of a float: it never overflows. This is what it leaves.
+inline __m512i after_part(__m512i x) {
+  const __m512i part = _mm512_and_si512(x, _mm512_set1_epi32(-65536));
+  return _mm512_castps_si512(_mm512_castsi512_ps(x) - _mm512_castsi512_ps(part));
 }
 
 // One row of pairs, numbers of two rows in turns, for tiles of 16 columns, `tile` bytes apart, each
@@ -173,13 +173,10 @@ inline void pack_pairs(const T* even, const T* odd, int columns, int parts, char
     }
   for (; t < columns; t += 16, to += tile) {
     const int n = std::min(16, columns - t);
-    __m256i a[most_parts] = {}, b[most_parts] = {};
-    load_parts(even + t, n, parts, a);
-    if (odd) load_parts(odd + t, n, parts, b);
-    for (int p = 0; p < parts; ++p)
+    __m512i a = load_bits(even + t, n), b = odd ? load_bits(odd + t, n) : _mm512_setzero_si512();
+    for (int p = 0; p < parts; ++p, a = after_part(a), b = after_part(b))
       _mm512_storeu_si512(to + p * tile_bytes,
-                          _mm512_or_si512(_mm512_cvtepu16_epi32(a[p]),
-                                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(b[p]), 16)));
+                          _mm512_mask_mov_epi16(_mm512_srli_epi32(a, 16), 0xaaaaaaaa, b));
   }
 }
 
@@ -201,13 +198,15 @@ inline void pack_across(const T* X, std::int64_t row, int n, int columns, int pa
 // One tile, in parts, whose pairs are neighbours in a row: for a sum over n <= 32 columns.
 template <class T>
 inline void pack_along(const T* X, std::int64_t row, int rows, int n, int parts, char* to) {
+  alignas(64) static constexpr std::uint16_t uppers[32] = {
+      1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const __m512i upper = _mm512_load_si512(uppers), zero = _mm512_setzero_si512();
   for (int i = 0; i < tile_rows; ++i, X += row, to += tile_row_bytes) {
-    __m256i first[most_parts] = {}, second[most_parts] = {};
-    if (i < rows) load_parts(X, std::min(n, 16), parts, first);
-    if (i < rows && n > 16) load_parts(X + 16, n - 16, parts, second);
-    for (int p = 0; p < parts; ++p)
-      _mm512_storeu_si512(to + p * tile_bytes,
-                          _mm512_inserti64x4(_mm512_castsi256_si512(first[p]), second[p], 1));
+    __m512i a = i < rows ? load_bits(X, std::min(n, 16)) : zero;
+    __m512i b = i < rows && n > 16 ? load_bits(X + 16, n - 16) : zero;
+    for (int p = 0; p < parts; ++p, a = after_part(a), b = after_part(b))
+      _mm512_storeu_si512(to + p * tile_bytes, _mm512_permutex2var_epi16(a, upper, b));
   }
 }
 

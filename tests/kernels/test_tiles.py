@@ -1,5 +1,5 @@
-"""bfloat16 clients at ranks that processors with a matrix unit (AMX) multiply in tiles of 16 rows
-of 32 numbers: sizes that do and do not fit, and all else that such tiles could get wrong. On other
+"""Clients of 16 bits at ranks that processors with a matrix unit (AMX) multiply in tiles of 16 rows
+of 32 bfloat16: sizes that do and do not fit, and all else that such tiles could get wrong. On other
 machines the vector kernels have to pass the same."""
 
 from __future__ import annotations
@@ -15,40 +15,42 @@ from fedrot_kernels.backends import reference
 op = torch.ops.fedrot
 
 
-def clients_in_bfloat16(inputs, ref=torch.float32):
+def narrow_clients(inputs, ref=torch.float32, dtype=torch.bfloat16):
     """A float32 reference shows errors that rounding the result to 16 bits would hide."""
-    inputs.lora_A[:] = [t.bfloat16() for t in inputs.lora_A]
-    inputs.lora_B[:] = [t.bfloat16() for t in inputs.lora_B]
+    inputs.lora_A[:] = [t.to(dtype) for t in inputs.lora_A]
+    inputs.lora_B[:] = [t.to(dtype) for t in inputs.lora_B]
     inputs.ref_A[:] = [t.to(ref) for t in inputs.ref_A]
     inputs.ref_B[:] = [t.to(ref) for t in inputs.ref_B]
     return inputs
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("r", [9, 16, 17, 24, 31, 32, 33, 48, 64])
 @pytest.mark.parametrize("align", ["joint", "A", "B"])
-def test_against_reference(r, align):
+def test_against_reference(r, align, dtype):
     """Eleven clients: more than are multiplied together, at the largest ranks more than two at a
     time; the last chunk of positions and the last of directions are cut off."""
     shapes = [(530, 1023, r), (1040, 47, r), (64, 512, r)]
     ranks = [r, r, r // 2, 1, r, r - 1, r, 5, r, r, (2 * r) // 3]
     for given in (None, ranks):
-        inputs = clients_in_bfloat16(planted(11, shapes, ranks=given, seed=r))
+        inputs = narrow_clients(planted(11, shapes, ranks=given, seed=r), dtype=dtype)
         compare(inputs, torch.arange(11.0), lam=0.4, align=align)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("r", [100, 256])
-def test_large_ranks(r):
-    compare(clients_in_bfloat16(planted(3, [(r + 9, 2 * r + 1, r)], seed=r)))
+def test_large_ranks(r, dtype):
+    compare(narrow_clients(planted(3, [(r + 9, 2 * r + 1, r)], seed=r), dtype=dtype))
 
 
 @pytest.mark.parametrize("ref", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_other_references(ref):
-    compare(clients_in_bfloat16(planted(3, [(130, 600, 20), (48, 64, 16)]), ref))
+    compare(narrow_clients(planted(3, [(130, 600, 20), (48, 64, 16)]), ref))
 
 
 def test_float_reference_keeps_its_bits():
     """A reference is told from one that differs by less than bfloat16 resolves."""
-    inputs = clients_in_bfloat16(planted(1, [(64, 64, 16)]))
+    inputs = narrow_clients(planted(1, [(64, 64, 16)]))
     moved = inputs.map(lambda t: t if t.dtype == torch.bfloat16 else t * (1 + 2.0**-10))
     moved.ref_A[0][3] = inputs.ref_A[0][3]
     (R,), (moved_R,) = op.align(*inputs, lam=1.0), op.align(*moved, lam=1.0)
@@ -59,7 +61,7 @@ def test_float_reference_keeps_its_bits():
 
 def test_cancellation_in_combine():
     """Two clients that nearly cancel: matrices have all bits of a float."""
-    inputs = clients_in_bfloat16(planted(2, [(96, 160, 16)]))
+    inputs = narrow_clients(planted(2, [(96, 160, 16)]))
     inputs.lora_A[1], inputs.lora_B[1] = inputs.lora_A[0], inputs.lora_B[0]
     mix = torch.randn(1, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     mix[:, 1] = mix[:, 0] * -(1 - 2.0**-10)
@@ -75,7 +77,7 @@ def test_cancellation_in_combine():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_do_not_depend_on_blocks_or_threads(dtype):
     """One layer is cut among threads, forty are taken whole in blocks of clients."""
-    one = clients_in_bfloat16(planted(13, [(700, 1100, 33)]), dtype)
+    one = narrow_clients(planted(13, [(700, 1100, 33)]), dtype)
     many = one.map(lambda t: t)
     many.lora_A[:] = [t for t in one.lora_A for _ in range(40)]
     many.lora_B[:] = [t for t in one.lora_B for _ in range(40)]
@@ -95,7 +97,7 @@ def test_bits_do_not_depend_on_blocks_or_threads(dtype):
 
 
 def test_rows_with_gaps():
-    inputs = clients_in_bfloat16(planted(3, [(96, 128, 16), (40, 50, 19)]))
+    inputs = narrow_clients(planted(3, [(96, 128, 16), (40, 50, 19)]))
 
     def with_gaps(t):
         wide = torch.full((t.shape[0], t.shape[1] + 5), float("nan"), dtype=t.dtype)
@@ -112,7 +114,7 @@ def test_rows_with_gaps():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("side", ["lora_A", "lora_B"])
 def test_what_is_not_finite_is_named(value, side):
-    inputs = clients_in_bfloat16(planted(3, [(96, 128, 16)] * 2))
+    inputs = narrow_clients(planted(3, [(96, 128, 16)] * 2))
     getattr(inputs, side)[5][1, 7] = value  # client 2, layer 1
     with pytest.raises(ValueError, match=f"{side}.*client 2, layer 1"):
         op.align_aggregate(*inputs)
@@ -120,7 +122,7 @@ def test_what_is_not_finite_is_named(value, side):
 
 def test_beside_pytorch_products():
     """PyTorch multiplies bfloat16 matrices on the same unit, which each sets up for itself."""
-    inputs = clients_in_bfloat16(planted(4, [(96, 128, 16), (200, 300, 24)]))
+    inputs = narrow_clients(planted(4, [(96, 128, 16), (200, 300, 24)]))
     left, right = torch.randn(300, 200).bfloat16(), torch.randn(200, 500).bfloat16()
     plan = Plan(*inputs)
     product, (A, B) = left @ right, plan()
