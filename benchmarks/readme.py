@@ -27,8 +27,9 @@ def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def block(results: Sequence[dict[str, Any]]) -> str:
-    """What stands between the markers: for each machine one line and one table."""
-    return "\n".join(_section(result) for result in results)
+    """What stands between the markers: for each machine and dtype one line and one table."""
+    tables = [_table(result, dtype) for result in results for dtype in ("float32", "bfloat16")]
+    return "\n".join(filter(None, tables))
 
 
 def replaced(readme: str, results: Sequence[dict[str, Any]]) -> str:
@@ -44,14 +45,16 @@ def replaced(readme: str, results: Sequence[dict[str, Any]]) -> str:
     return before + begin + block(results) + end + after
 
 
-def _section(result: dict[str, Any]) -> str:
+def _table(result: dict[str, Any], dtype: str) -> str:
+    rows = [r for r in result["cases"] if (r["dtype"], r["align"]) == (dtype, "A")]
+    if not rows:
+        return ""
     machine = result["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['instruction_set']}"
     title = (
-        f"{where}, {machine['threads']} threads, float32, align A "
+        f"{where}, {machine['threads']} threads, {dtype}, align A "
         f"({machine['date'][:10]}, torch {machine['torch']}):\n\n"
     )
-    rows = [r for r in result["cases"] if (r["dtype"], r["align"]) == ("float32", "A")]
     return title + markdown(HEADER, [_line(row) for row in rows])
 
 

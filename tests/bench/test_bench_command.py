@@ -123,3 +123,7 @@ def test_readme_table():
     lines = readme.block([result]).splitlines()
     assert lines[0] == "C, avx2, 2 threads, float32, align A (2026-01-02, torch 9):"
     assert lines[4:] == ["| some | 50x | 12x | 1.5x |  | 1.25 | 1.10 |"]
+    result["cases"].append({**row, "dtype": "bfloat16", "floor": 0.8})
+    lines = readme.block([result]).splitlines()
+    assert lines[6] == "C, avx2, 2 threads, bfloat16, align A (2026-01-02, torch 9):"
+    assert lines[10:] == ["| some | 50x | 12x | 1.5x |  | 2.50 | 2.20 |"]
