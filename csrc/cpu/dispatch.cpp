@@ -43,7 +43,7 @@ bool has_amx() {
 }
 #endif
 
-constexpr const char* names[] = {"sse2", "avx2", "avx512", "amx"};
+[[maybe_unused]] constexpr const char* names[] = {"sse2", "avx2", "avx512", "amx"};
 
 // The place of the instruction set in `names`.
 [[maybe_unused]] int level() {

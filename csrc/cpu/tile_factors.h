@@ -21,10 +21,6 @@ inline bool uses_tiles(const Problem& problem, int r) {
          (problem.client_dtype == DType::f16 && r >= 17);
 }
 
-constexpr int client_parts = 2;  // at most
-template <class T>
-constexpr int parts_in = std::is_same_v<T, BFloat16> ? 1 : 2;
-
 // f(null pointer of the type of the clients' factors), of those that uses_tiles() takes.
 template <class F>
 inline void with_tile_type(const Problem& problem, F f) {
@@ -84,7 +80,7 @@ inline cpu::Reference<float> load_tile_reference(const Problem& problem, int lay
 // Floats of scratch for tile_covariance(): the sums of both factors, and a chunk of a client.
 inline std::size_t tile_covariance_scratch(int r) {
   const std::size_t side = Cut(r, tile_rows).whole();
-  return 2 * side * side + steps_of(tile_chunk) * client_parts * tile_bytes / sizeof(float);
+  return 2 * side * side + steps_of(tile_chunk) * most_parts * tile_bytes / sizeof(float);
 }
 
 // The share of one factor X of a client in M: C (its directions, the reference's) where it is A,
@@ -103,10 +99,10 @@ void tile_covariance_of(Side side, const Matrix& X, int rank, int r, std::int64_
     const int count = int(std::min<std::int64_t>(tile_chunk, positions - begin));
     for (int p = 0; p < rank; p += own.size) {
       const int n = std::min(own.size, rank - p);
-      Operand client{packed, tile_row_bytes, parts * tile_bytes, tile_bytes, parts, 0};
+      Operand client{packed, tile_row_bytes, parts * tile_bytes, tile_bytes, parts};
       if (parts == 1 && of_A && n == own.size && count % step_positions == 0) {
         const T* data = at<T>(X, p, begin);
-        client = {reinterpret_cast<const char*>(data), 2 * X.row_stride, tile_row_bytes, 0, 1, 0};
+        client = {reinterpret_cast<const char*>(data), 2 * X.row_stride, tile_row_bytes, 0, 1};
       } else {
         for (int t = 0; t < count; t += step_positions) {
           char* to = packed + t / step_positions * client.step;
@@ -190,7 +186,7 @@ struct AverageCut {
 inline std::size_t tile_average_scratch(int r) {
   const AverageCut cut(r);
   std::int64_t bytes = 0;
-  for (int parts = 1; parts <= client_parts; ++parts)
+  for (int parts = 1; parts <= most_parts; ++parts)
     bytes = std::max(bytes, cut.clients(parts) * (cut.rotation_bytes() + cut.chunk_bytes(parts)));
   return bytes / sizeof(float) + std::size_t(cut.result.whole()) * tile_chunk;
 }
@@ -270,12 +266,8 @@ void tile_average_of(const Problem& problem, int layer, Side side, std::int64_t 
       for (int i = first; i < last; ++i) {
         const int rank = problem.ranks[i * problem.layers + layer];
         const int steps = (rank + cut.sum.size - 1) / cut.sum.size;
-        const Operand rotation{rotations + (i - first) * cut.rotation_bytes(),
-                               tile_row_bytes,
-                               most_parts * tile_bytes,
-                               tile_bytes,
-                               most_parts,
-                               0};
+        const Operand rotation{rotations + (i - first) * cut.rotation_bytes(), tile_row_bytes,
+                               most_parts * tile_bytes, tile_bytes, most_parts};
         Operand swept = positions[i - first];
         swept.data += t / tile_rows * swept.tile;
         if (of_A)

@@ -20,8 +20,14 @@ constexpr int tile_rows = 16, tile_row_bytes = 64, tile_bytes = tile_rows * tile
               most_parts = 3, most_swept = 4;
 
 // bfloat16 numbers that hold one of this type.
+template <class T>
+constexpr int parts_in = std::is_same_v<T, BFloat16> ? 1
+                         : sizeof(T) == 2            ? 2
+                                                     : most_parts;
 inline int parts_of(DType dtype) {
-  return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : most_parts;
+  int parts = 0;
+  with_dtype(dtype, [&](auto* type) { parts = parts_in<std::remove_pointer_t<decltype(type)>>; });
+  return parts;
 }
 
 // n in as few pieces of at most `most` as there can be, all of one size: the last reaches beyond
@@ -60,6 +66,7 @@ class Tiles {
     shapes.set(0, 3, rows, cols);
     shapes.set(4, 6, held_left ? rows : pairs, held_left ? pairs : cols);
     shapes.set(7, 7, held_left ? pairs : rows, held_left ? cols : pairs);
+    asm volatile("" ::"r"(&shapes) : "memory");
     _tile_loadconfig(&shapes);
   }
   ~Tiles() { _tile_release(); }
@@ -69,11 +76,15 @@ class Tiles {
 
 // The sums of up to four tiles `next` elements apart, rows c_row apart; zero where C is null.
 inline void load_sums(int count, const float* C, std::int64_t next, std::int64_t c_row) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  if (!C) return;
+  // To the compiler tiles come from nowhere: what they are loaded from has to be stored by now.
+  asm volatile("" ::: "memory");
+  if (!C) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    return;
+  }
   _tile_loadd(0, C, 4 * c_row);
   if (count > 1) _tile_loadd(1, C + next, 4 * c_row);
   if (count > 2) _tile_loadd(2, C + 2 * next, 4 * c_row);
@@ -86,12 +97,11 @@ inline void store_sums(int count, float* C, std::int64_t next, std::int64_t c_ro
   if (count > 3) _tile_stored(3, C + 3 * next, 4 * c_row);
 }
 
-// Adds the products of a tile of one operand with `count` tiles of the other, over all steps: of
-// parts p and q, counted from 0, where p + q is below the larger number of parts.
+// Adds the products of a tile of one operand with `count` tiles of the other, over all steps. Of
+// products of parts those that a float resolves.
 template <bool held_left>
 inline void multiply(int steps, Operand held, int count, const Operand& swept) {
-  asm volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from memory
-  const int held_parts = held.parts, parts = swept.parts, most = std::max(held_parts, parts);
+  const int held_parts = held.parts, parts = swept.parts;
   const std::int64_t row = swept.row, part = swept.part;
   const char* others = swept.data;
   for (int s = 0; s < steps; ++s, held.data += held.step, others += swept.step) {
@@ -105,12 +115,12 @@ inline void multiply(int steps, Operand held, int count, const Operand& swept) {
     else                             \
       _tile_dpbf16ps(sums, 7, tile); \
   }
-#define FEDROT_SWEEP(sums)                                      \
-  for (int q = 0; q < parts; ++q) {                             \
-    _tile_loadd(7, others + sums * swept.tile + q * part, row); \
-    FEDROT_ADD(sums, 4)                                         \
-    if (held_parts > 1 && q + 1 < most) FEDROT_ADD(sums, 5)     \
-    if (held_parts > 2 && q + 2 < most) FEDROT_ADD(sums, 6)     \
+#define FEDROT_SWEEP(sums)                                        \
+  for (int q = 0; q < parts; ++q) {                               \
+    _tile_loadd(7, others + sums * swept.tile + q * part, row);   \
+    FEDROT_ADD(sums, 4)                                           \
+    if (held_parts > 1 && q + 1 < most_parts) FEDROT_ADD(sums, 5) \
+    if (held_parts > 2 && q + 2 < most_parts) FEDROT_ADD(sums, 6) \
   }
     FEDROT_SWEEP(0)
     if (count > 1) {

@@ -28,8 +28,8 @@ def narrow_clients(inputs, ref=torch.float32, dtype=torch.bfloat16):
 @pytest.mark.parametrize("r", [9, 16, 17, 24, 31, 32, 33, 48, 64])
 @pytest.mark.parametrize("align", ["joint", "A", "B"])
 def test_against_reference(r, align, dtype):
-    """Eleven clients: more than are multiplied together, at the largest ranks more than two at a
-    time; the last chunk of positions and the last of directions are cut off."""
+    """Eleven clients are more than are multiplied together (eight, two of r = 64 in float16). The
+    last chunk of positions and the last of directions are cut off."""
     shapes = [(530, 1023, r), (1040, 47, r), (64, 512, r)]
     ranks = [r, r, r // 2, 1, r, r - 1, r, 5, r, r, (2 * r) // 3]
     for given in (None, ranks):
@@ -59,6 +59,15 @@ def test_float_reference_keeps_its_bits():
     assert float((R - expected).abs().max()) > 2e-5
 
 
+@pytest.mark.parametrize("r", [20, 32])
+def test_float16_loses_nothing(r):
+    """Not the products of what bfloat16 leaves of two float16 either."""
+    inputs = planted(2, [(64, 64, r)], torch.float16, seed=1)
+    expected = reference.align(*inputs.map(torch.Tensor.double), lam=1.0)
+    for R, e in zip(op.align(*inputs, lam=1.0), expected, strict=True):
+        assert float((R - e).abs().max()) < 1e-6
+
+
 def test_cancellation_in_combine():
     """Two clients that nearly cancel: matrices have all bits of a float."""
     inputs = narrow_clients(planted(2, [(96, 160, 16)]))
@@ -74,10 +83,12 @@ def test_cancellation_in_combine():
     assert float((B[0] - client_B @ both).abs().max()) < 2.0**-22 * of_one
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bits_do_not_depend_on_blocks_or_threads(dtype):
+@pytest.mark.parametrize("ref", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("client", [torch.bfloat16, torch.float16], ids=str)
+def test_bits_do_not_depend_on_blocks_or_threads(client, ref):
     """One layer is cut among threads, forty are taken whole in blocks of clients."""
-    one = narrow_clients(planted(13, [(700, 1100, 33)]), dtype)
+    ranks = [33, 7, 33, 32, 1, 33, 20, 33, 33, 9, 33, 31, 33]
+    one = narrow_clients(planted(13, [(700, 1100, 33)], ranks=ranks), ref, client)
     many = one.map(lambda t: t)
     many.lora_A[:] = [t for t in one.lora_A for _ in range(40)]
     many.lora_B[:] = [t for t in one.lora_B for _ in range(40)]
@@ -94,6 +105,18 @@ def test_bits_do_not_depend_on_blocks_or_threads(dtype):
         torch.set_num_threads(before)
     for A, B in results[1:]:
         assert torch.equal(A, results[0][0]) and torch.equal(B, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_combine_of_smaller_ranks(dtype):
+    """Rows of a matrix beyond its client's rank are not read."""
+    inputs = narrow_clients(planted(3, [(70, 1100, 33)], ranks=[33, 20, 5]), dtype=dtype)
+    mix = torch.randn(1, 3, 33, 33, generator=torch.Generator().manual_seed(0))
+    expected = reference.combine(*inputs.map(torch.Tensor.double), mix.double(), mix.double())
+    for i, rank in enumerate([33, 20, 5]):
+        mix[:, i, rank:] = float("nan")
+    for actual, e in zip(op.combine(*inputs, mix, mix), expected, strict=True):
+        assert_close([t.double() for t in actual], e, OUTPUT_TOLERANCE[torch.float32])
 
 
 def test_rows_with_gaps():
