@@ -30,17 +30,19 @@ def narrow_clients(inputs, ref=torch.float32, dtype=torch.bfloat16):
 def test_against_reference(r, align, dtype):
     """Eleven clients are more than are multiplied together (eight, two of r = 64 in float16). The
     last chunk of positions and the last of directions are cut off."""
-    shapes = [(530, 1023, r), (1040, 47, r), (64, 512, r)]
+    shapes = [(530, 1023, r), (1040, 147, r), (160, 512, r)]
     ranks = [r, r, r // 2, 1, r, r - 1, r, 5, r, r, (2 * r) // 3]
     for given in (None, ranks):
         inputs = narrow_clients(planted(11, shapes, ranks=given, seed=r), dtype=dtype)
-        compare(inputs, torch.arange(11.0), lam=0.4, align=align)
+        # Reflections stay: which direction is turned for a proper one is decided by small gaps.
+        compare(inputs, torch.arange(11.0), lam=0.4, align=align, proper=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("r", [100, 256])
 def test_large_ranks(r, dtype):
-    compare(narrow_clients(planted(3, [(r + 9, 2 * r + 1, r)], seed=r), dtype=dtype))
+    inputs = narrow_clients(planted(3, [(r + 9, 2 * r + 1, r)], seed=r), dtype=dtype)
+    compare(inputs, proper=False)
 
 
 @pytest.mark.parametrize("ref", [torch.bfloat16, torch.float16, torch.float64], ids=str)
