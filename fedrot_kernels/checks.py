@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -239,6 +240,15 @@ OVERFLOW = (
     "scale the factors down or use a wider dtype"
 )
 NOT_COMBINED = "mix_A or mix_B holds a non-finite value, or the result overflows its dtype"
+
+
+def overflow(*results: Sequence[Tensor] | Tensor, layers: int) -> ValueError:
+    """What to raise where finite factors gave ``results`` that are not, entry ``[i * layers + l]``
+    for layer ``l``; names the first such layer."""
+    for index, t in itertools.chain.from_iterable(map(enumerate, results)):
+        if not bool(torch.isfinite(t).all()):
+            return ValueError(f"{OVERFLOW} (layer {index % layers})")
+    return ValueError(OVERFLOW)
 
 
 def _explain(name: str, where: str, t: Tensor, dtype: torch.dtype, device: torch.device) -> None:

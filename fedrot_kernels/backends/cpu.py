@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 from fedrot_kernels.checks import (
     ALIGN_MODES,
     NOT_COMBINED,
-    OVERFLOW,
     accumulate_dtype,
     check_finite,
     check_mix,
     check_polar,
     check_weight_values,
+    overflow,
 )
 from fedrot_kernels.native import load
 from fedrot_kernels.ops import implement
@@ -27,11 +28,11 @@ _cpu = load("_cpu")
 instruction_set: str = _cpu.instruction_set
 
 
-def _explain(factors: Factors) -> NoReturn:
+def _explain(factors: Factors, *results: Sequence[Tensor] | Tensor) -> NoReturn:
     """Say which value was not finite; the kernels only say that one was."""
     names = ("lora_A", "lora_B", "ref_A", "ref_B")
     check_finite(len(factors[2]), **dict(zip(names, factors, strict=True)))
-    raise ValueError(OVERFLOW)
+    raise overflow(*results, layers=len(factors[2]))
 
 
 class Runner:
@@ -63,7 +64,7 @@ class Runner:
         threads = torch.get_num_threads()
         if not _cpu.align_aggregate(tables, w, *self._options, self._outputs, threads):
             lora = self._flat.factors() if self._flat else self._factors[:2]
-            _explain((*lora, *self._factors[2:]))
+            _explain((*lora, *self._factors[2:]), *self._kept)
 
     def rebind(self) -> None:
         bases = self._bases()
@@ -94,7 +95,7 @@ def align(lora_A, lora_B, ref_A, ref_B, *, lam=0.4, align="joint", proper=True) 
         torch.get_num_threads(),
     )
     if not fine:
-        _explain(factors)
+        _explain(factors, rotations)
     return rotations
 
 
@@ -127,7 +128,7 @@ def gram(lora_A, lora_B, ref_A, ref_B) -> tuple[Tensor, Tensor]:
     gram_A, gram_B = (torch.empty(len(ref_A), size, size, dtype=dtype) for _ in range(2))
     threads = torch.get_num_threads()
     if not _cpu.gram(tables, r, gram_A.data_ptr(), gram_B.data_ptr(), threads):
-        _explain(factors)
+        _explain(factors, gram_A, gram_B)
     return gram_A, gram_B
 
 

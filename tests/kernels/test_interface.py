@@ -7,6 +7,7 @@ import torch
 from problems import assert_close, planted
 from torch.library import opcheck
 
+from fedrot_kernels import Plan
 from fedrot_kernels.backends import reference
 
 op = torch.ops.fedrot
@@ -274,3 +275,18 @@ def test_overflow_is_told_apart():
     big = torch.full((1, 4), 1e38)
     with pytest.raises(ValueError, match="overflows"):
         op.align_aggregate([big], [big.T], [big], [big.T])
+
+
+def test_overflow_names_the_layer():
+    small, big = torch.ones(1, 4), torch.full((1, 4), 1e38)
+    lora_A, lora_B = [small, small, big] * 2, [small.T, small.T, big.T] * 2
+    factors = (lora_A, lora_B, lora_A[:3], lora_B[:3])
+    for call in (op.align_aggregate, op.align, op.gram, lambda *given: Plan(*given)()):
+        with pytest.raises(ValueError, match=r"overflows its dtype.*\(layer 2\)"):
+            call(*factors)
+    half = [t.half() for t in lora_A[:2]], [t.half() for t in lora_B[:2]]
+    lora_A[3] = torch.full((1, 4), 1e6)  # client 1, layer 0: float16 does not hold it
+    lora_A, lora_B = [lora_A[i] for i in (0, 1, 3, 4)], [lora_B[i] for i in (0, 1, 3, 4)]
+    for implementation in (op, reference):
+        with pytest.raises(ValueError, match=r"\(layer 0\)"):
+            implementation.align_aggregate(lora_A, lora_B, *half)
