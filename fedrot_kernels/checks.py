@@ -244,7 +244,7 @@ NOT_COMBINED = "mix_A or mix_B holds a non-finite value, or the result overflows
 
 def overflow(*results: Sequence[Tensor] | Tensor, layers: int) -> ValueError:
     """What to raise where finite factors gave ``results`` that are not, entry ``[i * layers + l]``
-    for layer ``l``; names the first such layer."""
+    for layer ``l``; names the layer of the first that is not."""
     for index, t in itertools.chain.from_iterable(map(enumerate, results)):
         if not bool(torch.isfinite(t).all()):
             return ValueError(f"{OVERFLOW} (layer {index % layers})")

@@ -6,7 +6,6 @@
 #include "panel.h"
 #include "product.h"
 #include "small_rank.h"
-#include "tile_factors.h"
 
 namespace fedrot {
 inline namespace FEDROT_ISA {
@@ -38,10 +37,6 @@ inline int clients_at_once(int r) { return std::min(client_group, std::max(1, 64
 template <class Acc>
 cpu::Reference<Acc> load_reference(const Problem& problem, int layer, Acc* panels, Acc* scratch) {
   const Layer s = problem.shapes[layer];
-#if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<Acc, float>)
-    if (uses_tiles(problem, s.r)) return load_tile_reference(problem, layer, panels);
-#endif
   const Matrix &A = problem.ref_A[layer], &B = problem.ref_B[layer];
   cpu::Reference<Acc> reference{};
   if (problem.align != Align::B) {
@@ -76,22 +71,13 @@ template <class Acc>
 std::size_t panel_scratch(int r) {
   const std::size_t chunk = chunk_elements(r);
   const std::size_t turned = std::size_t(client_group) * r * lanes<Acc>;
-  const std::size_t size =
-      (client_group + 1) * chunk + std::max(packed_columns * turned, std::size_t(r) * r);
-#if defined(__AMX_BF16__)
-  if (std::is_same_v<Acc, float>) return std::max(size, tile_scratch(r));
-#endif
-  return size;
+  return (client_group + 1) * chunk + std::max(packed_columns * turned, std::size_t(r) * r);
 }
 
 // Elements that load_reference() needs for its panels.
 template <class Acc>
 std::size_t reference_size(const Layer& s) {
-  const std::size_t size = s.r * (s.d + s.k + panel_padding);
-#if defined(__AMX_BF16__)
-  if (std::is_same_v<Acc, float>) return std::max(size, tile_reference_size(s));
-#endif
-  return size;
+  return s.r * (s.d + s.k + panel_padding);
 }
 
 // f(null pointer of the type that the clients' factors are loaded from). Above small ranks single
@@ -157,11 +143,6 @@ void covariance_from(const Problem& problem, int layer, int client,
 template <class Acc>
 void covariance(const Problem& problem, int layer, int client, const cpu::Reference<Acc>& reference,
                 Ahead& ahead, Acc* M, Acc* scratch) {
-#if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<Acc, float>)
-    if (uses_tiles(problem, problem.shapes[layer].r))
-      return tile_covariance(problem, layer, client, reference, M, scratch);
-#endif
   with_client_type<Acc>(problem.shapes[layer].r, problem.client_dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     covariance_from<Acc, T>(problem, layer, client, reference, ahead, M, scratch);
@@ -255,18 +236,6 @@ bool apply(const Problem& problem, int layer, Side side, std::int64_t begin, std
            int first, int last, const Acc* W, Ahead& ahead, const Matrix& out, Acc* sums,
            Acc* scratch) {
   bool finite = true;
-#if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<Acc, float>)
-    if (uses_tiles(problem, problem.shapes[layer].r)) {
-      float* own_sums = scratch + tile_average_scratch(problem.shapes[layer].r);
-      return average_chunks(problem, layer, side, begin, end, last == problem.clients, tile_chunk,
-                            problem.ref_dtype == DType::f32, out, sums, own_sums,
-                            [&](std::int64_t at, int count, float* C, std::int64_t row) {
-                              tile_average(problem, layer, side, at, count, first, last, W, C, row,
-                                           scratch);
-                            });
-    }
-#endif
   with_client_type<Acc>(problem.shapes[layer].r, problem.client_dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     finite = apply_from<Acc, T>(problem, layer, side, begin, end, first, last, W, ahead, out, sums,

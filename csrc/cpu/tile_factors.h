@@ -6,7 +6,7 @@
 #include "tiles.h"
 
 #if defined(__AMX_BF16__)
-#include "panel.h"
+#include "factors.h"
 
 namespace fedrot {
 inline namespace FEDROT_ISA {
@@ -43,7 +43,7 @@ inline std::size_t tile_reference_size(const Layer& s) {
          tile_bytes / sizeof(float);
 }
 
-// Tiles [step][piece of the directions][part].
+// As load_reference() in factors.h: tiles [step][piece of the directions][part].
 inline cpu::Reference<float> load_tile_reference(const Problem& problem, int layer, float* panels) {
   const Layer s = problem.shapes[layer];
   const Cut directions(s.r, tile_rows);
@@ -313,6 +313,19 @@ inline void tile_average(const Problem& problem, int layer, Side side, std::int6
     }
   });
   if (!fits) copy(own, own_row, C, row);
+}
+
+// As apply() in factors.h.
+inline bool tile_apply(const Problem& problem, int layer, Side side, std::int64_t begin,
+                       std::int64_t end, int first, int last, const float* W, const Matrix& out,
+                       float* sums, float* scratch) {
+  float* own_sums = scratch + tile_average_scratch(problem.shapes[layer].r);
+  return average_chunks(problem, layer, side, begin, end, last == problem.clients, tile_chunk,
+                        problem.ref_dtype == DType::f32, out, sums, own_sums,
+                        [&](std::int64_t at, int count, float* C, std::int64_t row) {
+                          tile_average(problem, layer, side, at, count, first, last, W, C, row,
+                                       scratch);
+                        });
 }
 
 }  // namespace FEDROT_ISA

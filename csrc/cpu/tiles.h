@@ -1,7 +1,6 @@
 // Products on the matrix unit of recent Xeons (AMX): sums of tiles of 16 rows of 16 pairs of
-// bfloat16, accumulated in float. What is multiplied with bfloat16 and is none itself is a sum of
-// up to three of them: float16 is exact so, float keeps its 24 bits. Subnormal numbers count as
-// zero.
+// bfloat16, accumulated in float. Other numbers are exact sums of parts, bfloat16 again: two of a
+// float16, three of a float. Subnormal numbers count as zero.
 #pragma once
 
 #if defined(__AMX_BF16__)
