@@ -47,7 +47,7 @@ class Engine {
       // Not the largest rank's alone: chunks of other ranks may be longer.
       scratch_ = std::max(scratch_, whole_lines<Acc>(kernels_.scratch_size(s.r)));
       panels_ = std::max(panels_, whole_lines<Acc>(kernels_.reference_size(s)));
-      sums_ = std::max(sums_, whole_lines<Acc>(s.r * (s.d + s.k)));
+      sums_ = std::max(sums_, whole_lines<Acc>(s.r * (s.d + s.k + panel_padding)));
     }
   }
 
@@ -201,7 +201,7 @@ class Engine {
     const Reference<Acc> reference = this->reference(layer, arena);
     Acc* W = matrices(layer, block, arena);
     Acc* sums_A = block < problem_.clients ? arena.sums : nullptr;
-    Acc* sums_B = sums_A ? sums_A + s.r * s.k : nullptr;
+    Acc* sums_B = sums_A ? sums_A + s.r * (s.k + panel_padding) : nullptr;
     for (int first = 0; first < problem_.clients; first += block) {
       const int last = std::min(first + block, problem_.clients);
       arena.segments.clear();
@@ -291,10 +291,11 @@ class Engine {
   }
 
   // Spreads the fetching of the list over work that reads so many elements and does so many
-  // multiply-adds. Where there are few to a byte, prefetches would only take the line buffers that
+  // multiply-adds. Where there are few to a byte, prefetches may only take the line buffers that
   // the loads need.
   void spread(double elements, double multiply_adds, Arena& arena) const {
-    if (multiply_adds < 2 * elements * bytes_of(problem_.client_dtype)) arena.segments.clear();
+    if (multiply_adds < kernels_.look_ahead_from * elements * bytes_of(problem_.client_dtype))
+      arena.segments.clear();
     double bytes = 0;
     for (const Ahead::Segment& segment : arena.segments) bytes += double(segment.bytes);
     const Ahead::Segment* segments = arena.segments.data();

@@ -31,7 +31,18 @@ inline int chunk_length(int r) {
 // Clients whose sums stay in registers together: as many as keep what is read again and again,
 // directions of all of them, in the first-level cache.
 constexpr int client_group = most_terms;
-inline int clients_at_once(int r) { return std::min(client_group, std::max(1, 64 / r)); }
+inline int clients_at_once(int directions, int r) {
+  return std::min(client_group, std::max(1, directions / r));
+}
+
+// Whether A is averaged a few rows at a time, each read to the end of a chunk, with sums that wait
+// in a chunk of their own: small ranks are bound by memory, and a core's prefetcher cannot follow
+// the rows of many clients. Not measured with AVX-512, so left as it was there.
+constexpr int few_rows = 8;
+template <class Acc>
+inline bool by_few_rows(const Problem& problem, Side side, int r) {
+  return !many_registers && side == Side::A && r <= few_rows && is<Acc>(problem.client_dtype);
+}
 
 // The reference A has contiguous directions, not positions, unless M is summed by dots.
 template <class Acc>
@@ -152,18 +163,20 @@ void covariance(const Problem& problem, int layer, int client, const cpu::Refere
 // Positions begin <= t < end of A or B in chunks of `length`: `add(at, count, C, row)` adds the
 // share of a block of clients to C, rows `row` apart. The last block of clients rounds the result
 // to `out`; it returns false where a value is not finite. sums: what earlier blocks left, laid out
-// like the factor without gaps; not used `in_place`, where `out` holds the sums, and may be null
-// where one block has all clients (then own_sums, a chunk).
+// like the factor with rows of A `padding` apart; not used `in_place`, where `out` holds the sums,
+// and may be null where one block has all clients (then own_sums, a chunk).
 template <class Acc, class Add>
 bool average_chunks(const Problem& problem, int layer, Side side, std::int64_t begin,
-                    std::int64_t end, bool last_block, int length, bool in_place, const Matrix& out,
-                    Acc* sums, Acc* own_sums, Add add) {
+                    std::int64_t end, bool last_block, int length, bool in_place, int padding,
+                    const Matrix& out, Acc* sums, Acc* own_sums, Add add) {
   const Layer s = problem.shapes[layer];
   const int r = s.r;
   bool finite = true;
   for (std::int64_t at = begin; at < end; at += length) {
     const int count = int(std::min<std::int64_t>(length, end - at));
-    const std::int64_t row = in_place ? out.row_stride : side == Side::B ? r : sums ? s.k : count;
+    const std::int64_t row = in_place          ? out.row_stride
+                             : side == Side::B ? r
+                                               : (sums ? s.k : count) + padding;
     const std::int64_t offset = side == Side::A ? at : at * row;
     Acc* C = in_place ? static_cast<Acc*>(out.data) + offset : sums ? sums + offset : own_sums;
     add(at, count, C, row);
@@ -190,12 +203,13 @@ bool apply_from(const Problem& problem, int layer, Side side, std::int64_t begin
                 Acc* scratch) {
   const int r = problem.shapes[layer].r;
   const bool small = side == Side::B && is_small<Acc>(r);
-  const bool in_place = is<Acc>(problem.ref_dtype) && !(small && out.row_stride != r);
+  const bool few = by_few_rows<Acc>(problem, side, r);
+  const bool in_place = is<Acc>(problem.ref_dtype) && !few && !(small && out.row_stride != r);
   T* panels = reinterpret_cast<T*>(scratch);
   Acc *own_sums = scratch + client_group * chunk_elements(r),
       *turned = own_sums + chunk_elements(r);
   auto add = [&](std::int64_t at, int count, Acc* C, std::int64_t row) {
-    const int at_once = clients_at_once(r);
+    const int at_once = clients_at_once(few ? few_rows : 64, r);
     for (int i = first; i < last; i += at_once) {
       const int group = std::min(at_once, last - i);
       const Into into = i == 0 ? Into::replaced : Into::continued;
@@ -228,7 +242,7 @@ bool apply_from(const Problem& problem, int layer, Side side, std::int64_t begin
     }
   };
   return average_chunks(problem, layer, side, begin, end, last == problem.clients, chunk_length(r),
-                        in_place, out, sums, own_sums, add);
+                        in_place, panel_padding, out, sums, own_sums, add);
 }
 
 template <class Acc>

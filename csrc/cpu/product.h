@@ -80,17 +80,17 @@ inline void product_tile(int terms, const Term<Acc, T>* term, std::int64_t row, 
   }
 }
 
-// All rows from `row` on, P at a time, then half as many; the last three or fewer in one tile.
+// All rows from `row` on, in as few tiles of at most P as there can be, of about one size.
 template <int P, int Q, bool whole, bool unit, class Acc, class T>
 inline void product_rows(int rows, int terms, const Term<Acc, T>* term, std::int64_t row,
                          std::int64_t col, int tail, Into into, Acc* C, std::int64_t c_row,
                          Ahead& ahead) {
-  for (; row + P <= rows; row += P)
+  const std::int64_t left = rows - row, tiles = (left + P - 1) / P;
+  for (const std::int64_t end = row + (left - tiles * (P - 1)) * P; row < end; row += P)
     product_tile<P, Q, whole, unit>(terms, term, row, col, tail, into, C, c_row, ahead);
   if constexpr (P > 1)
     if (row < rows)
-      product_rows<(P > 4 ? P / 2 : P - 1), Q, whole, unit>(rows, terms, term, row, col, tail, into,
-                                                            C, c_row, ahead);
+      product_rows<P - 1, Q, whole, unit>(rows, terms, term, row, col, tail, into, C, c_row, ahead);
 }
 
 // The next Q vectors of columns for all rows. Where many tiles of rows read Y, its columns are

@@ -321,7 +321,7 @@ inline bool tile_apply(const Problem& problem, int layer, Side side, std::int64_
                        float* sums, float* scratch) {
   float* own_sums = scratch + tile_average_scratch(problem.shapes[layer].r);
   return average_chunks(problem, layer, side, begin, end, last == problem.clients, tile_chunk,
-                        problem.ref_dtype == DType::f32, out, sums, own_sums,
+                        problem.ref_dtype == DType::f32, 0, out, sums, own_sums,
                         [&](std::int64_t at, int count, float* C, std::int64_t row) {
                           tile_average(problem, layer, side, at, count, first, last, W, C, row,
                                        scratch);
