@@ -8,9 +8,13 @@ import torch
 from fedrot.simulation import rounds
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """The model is so small that a second thread costs more than it gives."""
+    """The model is so small that a second thread costs more than it gives.
+
+    Of a module, so that its fixtures train on as many threads as its tests: on some machines two
+    threads round otherwise than one.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
