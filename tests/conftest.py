@@ -6,9 +6,13 @@ import torch
 torch.set_num_threads(2)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
-    """For problems so small that a second thread costs more than it gives."""
+    """For problems so small that a second thread costs more than it gives.
+
+    For a whole module, so that its fixtures train on as many threads as its tests: on some machines
+    two threads round otherwise than one.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -163,8 +163,8 @@ void covariance(const Problem& problem, int layer, int client, const cpu::Refere
 // Positions begin <= t < end of A or B in chunks of `length`: `add(at, count, C, row)` adds the
 // share of a block of clients to C, rows `row` apart. The last block of clients rounds the result
 // to `out`; it returns false where a value is not finite. sums: what earlier blocks left, laid out
-// like the factor with rows of A `padding` apart; not used `in_place`, where `out` holds the sums,
-// and may be null where one block has all clients (then own_sums, a chunk).
+// like the factor, with `padding` between rows of A; not used `in_place`, where `out` holds the
+// sums, and may be null where one block has all clients (then own_sums, a chunk).
 template <class Acc, class Add>
 bool average_chunks(const Problem& problem, int layer, Side side, std::int64_t begin,
                     std::int64_t end, bool last_block, int length, bool in_place, int padding,

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from fedrot.simulation import rounds
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The model is so small that a second thread costs more than it gives.
-
-    Of a module, so that its fixtures train on as many threads as its tests: on some machines two
-    threads round otherwise than one.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small_model(one_thread):
+    """Everything here trains on one thread."""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,6 +24,7 @@ NVCC = shutil.which("nvcc")
 # Kinds of check that differ in the path which they take through the kernels.
 CHECKS = dict(checks(full=False))
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
@@ -32,15 +33,6 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 def library(request):
     folder = request.config.cache.mkdir("cuda_host")
     return cuda.declare(ctypes.CDLL(str(build(Path(folder)))))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are small: waiting for a second thread takes longer than what it does."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
