@@ -117,10 +117,11 @@ inline void product_columns(int rows, int terms, const Term<Acc, T>* term, std::
 
 // Rows of a tile that is three, two, or one vectors wide: enough independent sums to hide the
 // latency of a multiply-add, few enough for the registers. AVX-512 has 32 and needs no third
-// vector.
+// vector. Rows of X that are not side by side are often a power of two apart, and more than eight
+// would drive each other out of the first-level cache.
 constexpr bool many_registers = vector_bytes == 64;
-constexpr int widest_rows = 4, wide_rows = many_registers ? 8 : 6,
-              narrow_rows = many_registers ? 16 : 8;
+constexpr int widest_rows = 4, wide_rows = many_registers ? 8 : 6;
+constexpr int narrow_rows(bool unit) { return many_registers && unit ? 16 : 8; }
 
 // C (rows, cols; rows c_row apart) <- sum over terms of X Y. Nothing beyond the columns given is
 // read or written. packed: room for packed_columns vectors a row of all Y, or null.
@@ -141,11 +142,11 @@ inline void product(int rows, int cols, int terms, const Term<Acc, T>* term, Int
     product_columns<wide_rows, 2, false, unit>(rows, terms, term, col, tail, into, C, c_row, packed,
                                                ahead);
   else if (rest == width)
-    product_columns<narrow_rows, 1, true, unit>(rows, terms, term, col, 0, into, C, c_row, packed,
-                                                ahead);
+    product_columns<narrow_rows(unit), 1, true, unit>(rows, terms, term, col, 0, into, C, c_row,
+                                                      packed, ahead);
   else if (rest > 0)
-    product_columns<narrow_rows, 1, false, unit>(rows, terms, term, col, tail, into, C, c_row,
-                                                 packed, ahead);
+    product_columns<narrow_rows(unit), 1, false, unit>(rows, terms, term, col, tail, into, C, c_row,
+                                                       packed, ahead);
 }
 
 // C (n, n) += X X^T on and below the diagonal, for X (n, inner) at X[t * n + p] and n a multiple of
@@ -160,8 +161,8 @@ inline void product_lower(int n, int inner, const Acc* X, int first, int step, A
       product_rows<wide_rows, 2, true, true>(n, 1, &term, col, col, width, Into::added, C, n,
                                              ahead);
     else
-      product_rows<narrow_rows, 1, true, true>(n, 1, &term, col, col, width, Into::added, C, n,
-                                               ahead);
+      product_rows<narrow_rows(true), 1, true, true>(n, 1, &term, col, col, width, Into::added, C,
+                                                     n, ahead);
 }
 
 }  // namespace FEDROT_ISA
