@@ -17,8 +17,8 @@ install: $(STAMP)  ## virtual environment in .venv with everything in it
 demo: $(STAMP)  ## FedIT and FedRot-LoRA in three settings, a few minutes
 	$(BIN)/fedrot compare --methods fedit,fedrot --seeds 3 --output runs/demo --resume
 
-test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## all tests, on all cores up to eight
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 integration: $(STAMP)  ## tests that start real deployments
 	$(BIN)/pip install --quiet -c constraints.txt --group integration

@@ -96,7 +96,8 @@ class Local:
     over the client's examples instead.
 
     ``head``: the base model's head, as transformers counts it, is trained and averaged too.
-    ``prox``: weight of FedProx's ``prox / 2 |theta - start|^2`` (arXiv 1812.06127). ``lr_ratio``:
+    ``personal_head``: it stays with its client instead, from the untrained one on (FedPer, arXiv
+    1912.00818). ``prox``: weight of FedProx's ``prox / 2 |theta - start|^2`` (arXiv 1812.06127). ``lr_ratio``:
     learning rate of ``B`` over that of ``A`` (LoRA+, arXiv 2402.12354). ``clip``: largest norm of
     a client's gradient. ``together``: how many clients go through the model at a time, ``null``
     for all (or one, where the model does not allow more); ``micro_batch``: with how many examples
@@ -110,6 +111,7 @@ class Local:
     epochs: int | None = option(None, at_least=1)
     batch_size: int = option(16, at_least=1)
     head: bool = option(False)
+    personal_head: bool = option(False)
     momentum: float = option(0.0, at_least=0, below=1)
     weight_decay: float = option(0.0, at_least=0)
     prox: float = option(0.0, at_least=0)
@@ -121,6 +123,8 @@ class Local:
     def __post_init__(self) -> None:
         if self.momentum and self.optimizer != "sgd":
             raise FedrotError(f"local.momentum is an option of sgd, not of {self.optimizer}")
+        if self.personal_head and not self.head:
+            raise FedrotError("local.personal_head=true needs local.head=true: it is not trained")
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,11 @@ class Config:
             raise FedrotError(f"start=own merges once, so rounds must be 1, got {self.rounds}")
         if own and method.personal:
             raise FedrotError(f"{method.name} leaves B with the clients: start=own merges nothing")
+        if own and self.local.personal_head:
+            raise FedrotError(
+                "local.personal_head=true: start=own merges once, and every upload has its own "
+                "head; it must be false"
+            )
         if method.same_A and (own or self.regauge):
             key = "start=own" if own else "regauge"
             raise FedrotError(f"{method.name} has one A for all clients, {key} gives each its own")

@@ -43,18 +43,22 @@ def serve(
     reference: Factors | None = None,
     generator: torch.Generator | None = None,
     past: int = 1,
+    personal_head: bool = False,
 ) -> Update:
     """One round. ``reference`` replaces the method's own where clients did not start together;
-    ``past``: of how many earlier rounds the new server keeps the factors."""
+    ``past``: of how many earlier rounds the new server keeps the factors; ``personal_head``: heads
+    stay with their clients."""
     round, factors = server.rounds, [upload.factors for upload in uploads]
     reference = reference or method.reference(server)
     aggregate = method.aggregate(factors, reference, weights, round=round, generator=generator)
     folded = method.fold(factors, aggregate, weights)
     head = _mean([upload.head for upload in uploads], weights)
     parts = "A" if method.personal else method.parts(round)
-    before = _parameters(server.factors, server.head, parts)
-    after, state = optimizer.step(before, _parameters(aggregate, head, parts), server.optimizer)
+    shared, new_head = ({}, {}) if personal_head else (server.head, head)
+    before = _parameters(server.factors, shared, parts)
+    after, state = optimizer.step(before, _parameters(aggregate, new_head, parts), server.optimizer)
     own = {u.client: u.factors.B for u in uploads} if method.personal else {}
+    heads = {u.client: u.head for u in uploads} if personal_head else {}
     merged = {
         module: server.merged[module] + delta if module in server.merged else delta
         for module, delta in folded.items()
@@ -69,7 +73,8 @@ def serve(
         past=(Server(server.factors, round, head=server.head), *server.past)[:past],
         merged=merged,
         personal={**server.personal, **own},
-        head={name: after[f"head/{name}"] for name in head},
+        head={name: after.get(f"head/{name}", mean) for name, mean in head.items()},
+        heads={**server.heads, **heads},
         optimizer=state,
     )
     return Update(stepped, aggregate, folded)

@@ -184,6 +184,10 @@ STATES = {
     ),
     "rolora": ("optimizer", ["server.optimizer=fedyogi", "local.head=true"]),
     "lora-fair": ("optimizer", ["server.optimizer=fedavgm", "server.lr=0.5"]),
+    "fedit": (
+        "heads",
+        ["local.head=true", "local.personal_head=true", "clients.participation=2"],
+    ),
 }
 
 

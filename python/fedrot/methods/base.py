@@ -24,8 +24,9 @@ class Server:
 
     ``merged``: per module the sum of what was folded into its frozen weight, ``(d, k)``, on the
     scale of ``B A``; the LoRA scaling is applied where a weight is changed. ``personal``: per
-    client the ``B`` that stays with it. ``head``: trained parameters outside the adapter. ``past``:
-    factors and head of earlier rounds, the latest first, as many as are needed.
+    client the ``B`` that stays with it. ``head``: trained parameters outside the adapter, and
+    ``heads``, per client, where they stay with it (``head`` is their mean then, which nobody starts
+    from). ``past``: factors and head of earlier rounds, the latest first, as many as are needed.
     """
 
     factors: Factors
@@ -34,6 +35,7 @@ class Server:
     merged: dict[str, Tensor] = field(default_factory=dict)
     personal: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     head: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     optimizer: dict[str, Tensor] = field(default_factory=dict)  # of the server, flat
 
 

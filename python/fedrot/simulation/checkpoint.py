@@ -23,6 +23,8 @@ def save(path: Path, server: Server) -> None:
         **_under("merged", server.merged),
         **_under("optimizer", server.optimizer),
     }
+    for client, head in server.heads.items():
+        tensors.update(_under(f"heads/{client}", head))
     for i, past in enumerate(server.past):
         tensors.update(_under(f"past/{i}", _global(past)))
     for client, B in server.personal.items():
@@ -46,10 +48,10 @@ def load(path: Path) -> Server:
             rounds, kept = int(file.metadata()["rounds"]), int(file.metadata()["past"])
             modules = json.loads(file.metadata()["modules"])  # in order; the file sorts its keys
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        personal: dict[int, Tensors] = {}
-        own = _of("personal", tensors)
-        for client in {key.partition("/")[0] for key in own}:
-            personal[int(client)] = {m: own[f"{client}/{m}"] for m in modules}
+        personal = {
+            client: {m: B[m] for m in modules}
+            for client, B in _of_clients(_of("personal", tensors)).items()
+        }
         factors, head = _read_global(modules, tensors)
         past = []
         for i in range(kept):
@@ -62,6 +64,7 @@ def load(path: Path) -> Server:
             _of("merged", tensors),
             personal,
             head,
+            _of_clients(_of("heads", tensors)),
             _of("optimizer", tensors),
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -78,6 +81,11 @@ def _read_global(modules: list[str], tensors: Tensors) -> tuple[Factors, Tensors
     found = _of("factors", tensors)
     A, B = ({m: found[f"{side}/{m}"] for m in modules} for side in "AB")
     return Factors(A, B), _of("head", tensors)
+
+
+def _of_clients(tensors: Tensors) -> dict[int, Tensors]:
+    clients = sorted({int(key.partition("/")[0]) for key in tensors})
+    return {client: _of(str(client), tensors) for client in clients}
 
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:

@@ -48,6 +48,8 @@ def start(
         late = int(_drawn(config, "delay", round, client) * (clients.delay + 1))
         old = (server, *server.past)[min(late, len(server.past))]
         server = replace(server, factors=old.factors, head=old.head)
+    if config.local.personal_head:
+        server = replace(server, head=server.heads.get(client, head))
     return Start(config.method.download(server, client, rank), server.head)
 
 

@@ -70,21 +70,25 @@ class Federation:
         return self.config.task.evaluate(set_factors(self.model, factors), self.data.test)
 
     def evaluate(self, server: Server) -> dict[str, float]:
-        """Of the global model; where clients keep their B, the mean over the clients' models, and
-        that of the averaged B as ``..._averaged``."""
+        """Of the global model; where clients keep their B or head, the mean over the clients'
+        models, and that of the averaged B or head as ``..._averaged``."""
         self.frozen.set(server.merged)
         averaged = self.score(server.factors, server.head)
-        if not server.personal:
+        if not (server.personal or server.heads):
             return averaged
-        clients, download = self.config.clients, self.config.method.download
-        own = [
-            self.score(download(server, i, clients.rank(i)), server.head)
-            for i in range(clients.count)
-        ]
+        own = [self.score(*self.own(server, i)) for i in range(self.config.clients.count)]
         return {
             **{key: math.fsum(s[key] for s in own) / len(own) for key in averaged},
             **{f"{key}_averaged": value for key, value in averaged.items()},
         }
+
+    def own(self, server: Server, client: int) -> tuple[Factors, dict[str, Tensor]]:
+        """Factors and head of a client's own model: the global ones but for what stays with it."""
+        rank = self.config.clients.rank(client, server.rounds)
+        head = server.head
+        if self.config.local.personal_head:
+            head = server.heads.get(client, self.head)
+        return self.config.method.download(server, client, rank), head
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,7 @@ def run_round(
         reference=uploads.reference,
         generator=generator(config.seed, "server", server.rounds),
         past=max(1, config.clients.delay),
+        personal_head=config.local.personal_head,
     )
     seconds = time.perf_counter() - began
     row = {
@@ -320,10 +325,9 @@ def _save_model(federation: Federation, run: RunDir, server: Server) -> None:
         changes = {f"{m}.weight": scaled(m, t).contiguous() for m, t in server.merged.items()}
         with new_file(run.merged) as fresh:
             save_file(changes, fresh)
-    for client in server.personal:
-        rank = federation.config.clients.rank(client)
-        own = federation.config.method.download(server, client, rank)
-        save_adapter(federation.model, own, run.client(client), server.head)
+    for client in sorted({*server.personal, *server.heads}):
+        own, head = federation.own(server, client)
+        save_adapter(federation.model, own, run.client(client), head)
 
 
 def _check_converging(clients: Sequence[int], losses: Tensor, round: int, lr: float) -> None:

@@ -1,0 +1,103 @@
+"""Heads that stay with their clients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from small import equal, small
+from test_participants import rounds_of, starts
+
+from fedrot.errors import FedrotError
+from fedrot.factors import Factors
+from fedrot.methods import FedIT, Server
+from fedrot.optimizers import ServerOptimizer
+from fedrot.server import Upload, serve
+from fedrot.simulation.participants import participants
+from fedrot.simulation.rounds import federate, prepare
+from fedrot.simulation.run_dir import RunDir
+
+PERSONAL = ("local.head=true", "local.personal_head=true", "local.lr=0.1")
+
+
+def test_the_server_keeps_them_apart_and_does_not_step():
+    """By hand: two clients, half a step of the server optimizer, which moves the factors alone."""
+
+    def factors(a, b):
+        return Factors({"m": torch.tensor([[float(a)]])}, {"m": torch.tensor([[float(b)]])})
+
+    def head(h):
+        return {"bias": torch.tensor([float(h)])}
+
+    server = Server(factors(0, 0), head=head(1), heads={7: head(5), 3: head(9)})
+    uploads = [Upload(2, factors(2, 4), head(-2)), Upload(7, factors(4, 8), head(6))]
+    weights = torch.tensor([3.0, 1.0])
+    optimizer = ServerOptimizer("fedavgm", 0.5, momentum=0.5)
+    update = serve(FedIT(), optimizer, server, uploads, weights, personal_head=True)
+    new = update.server
+    assert {i: float(h["bias"]) for i, h in new.heads.items()} == {2: -2, 3: 9, 7: 6}
+    assert float(new.head["bias"]) == 0.75 * -2 + 0.25 * 6  # the mean, of which nothing is a step
+    assert float(new.factors.A["m"]) == 0.5 * (0.75 * 2 + 0.25 * 4)
+    assert not any("head" in key for key in new.optimizer)
+    assert server.heads.keys() == {7, 3}
+
+
+def test_clients_start_from_their_own(tmp_path):
+    federation = prepare(small("fedit", *PERSONAL, "clients.participation=2"))
+    servers, own = rounds_of(federation, 3, tmp_path), {}
+    for server in servers:
+        clients = participants(federation.config, server.rounds)
+        assert server.heads.keys() == own.keys()
+        for client, start in zip(clients, starts(federation, server), strict=True):
+            assert equal(start.factors.A, server.factors.A)
+            assert equal(start.head, own.get(client, federation.head))
+        if server is not servers[-1]:
+            own |= {i: servers[server.rounds + 1].heads[i] for i in clients}
+    assert len(own) > 2
+    first, second = list(own.values())[:2]
+    assert not equal(first, second) and not equal(first, federation.head)
+
+
+def test_late_clients_have_their_latest_and_new_ones_the_untrained(tmp_path):
+    late = prepare(small("fedit", *PERSONAL, "clients.delay=2", "clients.count=8"))
+    server = rounds_of(late, 3, tmp_path)[-1]
+    found = starts(late, server)
+    assert all(equal(s.head, server.heads[i]) for i, s in enumerate(found))
+    assert not all(equal(s.factors.B, server.factors.B) for s in found)
+    anew = prepare(small("fedit", *PERSONAL, "clients.restarts=1"))
+    server = rounds_of(anew, 1, tmp_path)[-1]
+    assert all(equal(s.head, anew.head) for s in starts(anew, server))
+
+
+@pytest.mark.parametrize("method", ["fedrot", "fedsa"])
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_scores_are_those_of_the_clients_models(method, tmp_path):
+    """Of the folders that a run leaves, through PEFT, and of the one with the mean head."""
+    config = small(method, *PERSONAL, "rounds=2", "clients.ranks=[4,2]")
+    summary = federate(config, tmp_path / "run")
+    run, data = RunDir(tmp_path / "run"), config.task.prepare(config.seed)
+
+    def accuracy(folder):
+        model = PeftModel.from_pretrained(config.task.load_model(data), folder).eval()
+        return config.task.evaluate(model, data.test)["accuracy"]
+
+    own = [accuracy(folder) for folder in run.clients()]
+    assert len(own) == 4 and len(set(own)) > 1
+    assert summary["accuracy"] == pytest.approx(sum(own) / 4)
+    assert summary["accuracy_averaged"] == accuracy(run.adapter) != summary["accuracy"]
+
+
+def test_who_never_took_part_is_scored_with_the_untrained_head(tmp_path):
+    federation = prepare(small("fedit", *PERSONAL, "clients.participation=2"))
+    server = rounds_of(federation, 1, tmp_path)[-1]
+    heads = [server.heads.get(i, federation.head) for i in range(4)]
+    assert sum(head is federation.head for head in heads) == 2
+    scores = [federation.score(server.factors, head)["loss"] for head in heads]
+    assert federation.evaluate(server)["loss"] == pytest.approx(sum(scores) / 4)
+
+
+def test_refused():
+    with pytest.raises(FedrotError, match=r"local\.personal_head=true needs local\.head=true"):
+        small("fedit", "local.personal_head=true")
+    with pytest.raises(FedrotError, match="start=own merges once, and every upload has its own"):
+        small("fedit", *PERSONAL, "start=own", "rounds=1")
