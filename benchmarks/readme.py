@@ -1,4 +1,5 @@
-"""The README's table of times, out of benchmarks/results: ``python -m benchmarks.readme``."""
+"""The tables of times in the README and docs/benchmarks.md, out of benchmarks/results:
+``python -m benchmarks.readme``."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- from benchmarks/results by `python -m benchmarks.readme` -->\n"
 END = "<!-- end of benchmarks/results -->\n"
+PAGES = {"README.md": "float32", "docs/benchmarks.md": "bfloat16"}
 BATCHED = ("stacked", "per_layer", "compiled")
 HEADER = (
     *("case", "per-client loop", "batched PyTorch", "plain mean", "`_foreach` mean"),
@@ -26,23 +28,22 @@ def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
-def block(results: Sequence[dict[str, Any]]) -> str:
-    """What stands between the markers: for each machine and dtype one line and one table."""
-    tables = [_table(result, dtype) for result in results for dtype in ("float32", "bfloat16")]
-    return "\n".join(filter(None, tables))
+def block(results: Sequence[dict[str, Any]], dtype: str) -> str:
+    """What stands between the markers: for each machine one line and one table."""
+    return "\n".join(filter(None, (_table(result, dtype) for result in results)))
 
 
-def replaced(readme: str, results: Sequence[dict[str, Any]]) -> str:
-    """The README with its block made anew.
+def replaced(page: str, results: Sequence[dict[str, Any]], dtype: str) -> str:
+    """The page with its block made anew.
 
     Raises:
-        ValueError: the README has no such block.
+        ValueError: the page has no such block.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"README.md must hold the lines {BEGIN.strip()} and {END.strip()}")
-    return before + begin + block(results) + end + after
+        raise ValueError(f"the page must hold the lines {BEGIN.strip()} and {END.strip()}")
+    return before + begin + block(results, dtype) + end + after
 
 
 def _table(result: dict[str, Any], dtype: str) -> str:
@@ -72,5 +73,6 @@ def _line(row: Row) -> list[str]:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    write_text(path, replaced(path.read_text(encoding="utf-8"), load()))
+    for name, dtype in PAGES.items():
+        path = ROOT / name
+        write_text(path, replaced(path.read_text(encoding="utf-8"), load(), dtype))

@@ -97,12 +97,13 @@ class Local:
 
     ``head``: the base model's head, as transformers counts it, is trained and averaged too.
     ``personal_head``: it stays with its client instead, from the untrained one on (FedPer, arXiv
-    1912.00818). ``prox``: weight of FedProx's ``prox / 2 |theta - start|^2`` (arXiv 1812.06127). ``lr_ratio``:
-    learning rate of ``B`` over that of ``A`` (LoRA+, arXiv 2402.12354). ``clip``: largest norm of
-    a client's gradient. ``together``: how many clients go through the model at a time, ``null``
-    for all (or one, where the model does not allow more); ``micro_batch``: with how many examples
-    of each, ``null`` for a whole batch, else gradients are accumulated. The memory changes, the
-    numbers only by rounding; but with dropout, pieces of another size draw other masks.
+    1912.00818). ``prox``: weight of FedProx's ``prox / 2 |theta - start|^2`` (arXiv 1812.06127).
+    ``lr_ratio``: learning rate of ``B`` over that of ``A`` (LoRA+, arXiv 2402.12354). ``clip``:
+    largest norm of a client's gradient. ``together``: how many clients go through the model at a
+    time, ``null`` for all (or one, where the model does not allow more); ``micro_batch``: with how
+    many examples of each, ``null`` for a whole batch, else gradients are accumulated. The memory
+    changes, the numbers only by rounding; but with dropout, pieces of another size draw other
+    masks.
     """
 
     optimizer: str = option("sgd", choices=("sgd", "adam", "adamw"))

@@ -1,13 +1,12 @@
 """`fedrot bench` on tiny problems, and the table of the README."""
 
 import json
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from benchmarks import readme
-from fedrot.bench import cases, run, suites
+from fedrot.bench import cases, machine, run, suites
 from fedrot.cli import app
 
 TINY = (cases.Case("tiny-r2", 2, 2, ((12, 10),) * 2), cases.Case("tiny-r3", 3, 3, ((9, 14),)))
@@ -93,13 +92,32 @@ def test_bad_options(tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_readme_shows_the_results():
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_pages_show_the_results(page):
     """Made by ``python -m benchmarks.readme``, not typed."""
-    text = (Path(readme.ROOT) / "README.md").read_text(encoding="utf-8")
+    text, dtype = (readme.ROOT / page).read_text(encoding="utf-8"), readme.PAGES[page]
     results = readme.load()
     assert results
-    assert readme.replaced(text, results) == text
-    assert results[0]["cases"][0]["case"] in text
+    assert readme.replaced(text, results, dtype) == text
+    assert results[0]["cases"][0]["case"] in readme.block(results, dtype)
+    with pytest.raises(ValueError, match="the page must hold the lines"):
+        readme.replaced("no block", results, dtype)
+
+
+def test_the_kind_of_a_machine(tmp_path):
+    """Family and model where the name has no number, as in virtual machines."""
+    info = tmp_path / "cpuinfo"
+    first = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
+    second = "processor\t: 1\ncpu family\t: 6\nmodel\t\t: 1\nmodel name\t: Other\n"
+    info.write_text(f"{first}\n{second}")
+    assert machine.cpu_model(info) == "AMD EPYC family 25 model 17"
+    found = {"device": "cpu", "system": "Linux x86_64", "instruction_set": "avx2", "threads": 2}
+    kind = machine.kind({**found, "cpu": machine.cpu_model(info)})
+    assert kind == "cpu-x86_64-amd-epyc-family-25-model-17-avx2-2threads"
+    info.write_text(first.replace("AMD EPYC", "AMD EPYC 9B14"))
+    assert machine.cpu_model(info) == "AMD EPYC 9B14"
+    info.write_text("Hardware\t: board\n")
+    assert machine.cpu_model(info) == machine.cpu_model(tmp_path / "none") != ""
 
 
 def test_readme_table():
@@ -120,10 +138,10 @@ def test_readme_table():
     }
     machine = {"cpu": "C", "instruction_set": "avx2", "threads": 2, "date": "2026-01-02 03:04 UTC"}
     result = {"machine": {**machine, "torch": "9"}, "cases": [row, {**row, "align": "joint"}]}
-    lines = readme.block([result]).splitlines()
+    lines = readme.block([result], "float32").splitlines()
     assert lines[0] == "C, avx2, 2 threads, float32, align A (2026-01-02, torch 9):"
     assert lines[4:] == ["| some | 50x | 12x | 1.5x |  | 1.25 | 1.10 |"]
     result["cases"].append({**row, "dtype": "bfloat16", "floor": 0.8})
-    lines = readme.block([result]).splitlines()
-    assert lines[6] == "C, avx2, 2 threads, bfloat16, align A (2026-01-02, torch 9):"
-    assert lines[10:] == ["| some | 50x | 12x | 1.5x |  | 2.50 | 2.20 |"]
+    lines = readme.block([result], "bfloat16").splitlines()
+    assert lines[0] == "C, avx2, 2 threads, bfloat16, align A (2026-01-02, torch 9):"
+    assert lines[4:] == ["| some | 50x | 12x | 1.5x |  | 2.50 | 2.20 |"]

@@ -83,16 +83,20 @@ def last_level_cache() -> int:
     return max(sizes, default=32 * 2**20)
 
 
-def cpu_model() -> str:
+def cpu_model(info: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name, with its family and model where it has no number: virtual machines hide
+    which of its kind a processor is."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = info.read_text().partition("\n\n")[0].splitlines()
     except OSError:
-        lines = []
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
+        first = []
+    found = {name.strip(): value.strip() for name, _, value in (s.partition(":") for s in first)}
+    name = found.get("model name")
+    if not name:
+        return platform.processor() or platform.machine()
+    if re.search(r"\d", name) or not {"cpu family", "model"} <= found.keys():
+        return name
+    return f"{name} family {found['cpu family']} model {found['model']}"
 
 
 def commit() -> str | None:
