@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def left_behind(folder: Path) -> list[Path]:
+    """What processes that were killed had not finished writing, in ``folder`` and below it."""
+    return [p for p in folder.rglob(".*.new-*") if re.fullmatch(r"\..+\.new-\d+", p.name)]
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Files and folders, if they are there."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

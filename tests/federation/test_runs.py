@@ -160,6 +160,32 @@ def test_what_a_run_folder_refuses(tmp_path):
     assert [p.name for p in other.iterdir()] == ["mine.txt"]
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    """Names as ``new_file`` and ``new_folder`` give while they write."""
+    config, path = small("fedit").tree(), tmp_path / "run"
+    path.mkdir()
+    (path / ".config.yaml.new-123").write_text("lora: {")  # killed with the first file
+    open_run(path, config)
+    assert [p.name for p in path.iterdir()] == ["config.yaml"]
+    for flags in ({"resume": True}, {"force": True}):
+        (path / ".metrics.csv.new-123").write_text("round")
+        (path / "clients" / ".client-01.new-123").mkdir(parents=True)
+        (path / ".mine.new-year").write_text("stays")
+        with pytest.raises(FedrotError, match="unfinished run"):
+            open_run(path, config)
+        assert (path / ".metrics.csv.new-123").exists()
+        open_run(path, config, **flags)
+        left = {p.name for p in path.rglob("*")} - {"clients"}
+        assert left == {"config.yaml", ".mine.new-year"}
+
+
+def test_clients_in_order_beyond_a_hundred(tmp_path):
+    run = RunDir(tmp_path)
+    for i in (100, 11, 2, 10):
+        run.client(i).mkdir(parents=True)
+    assert run.clients() == [run.client(i) for i in (2, 10, 11, 100)]
+
+
 def test_finished_run_is_reused_without_training(tmp_path, monkeypatch):
     config = small("fedit", "rounds=1")
     summary = federate(config, tmp_path / "run")

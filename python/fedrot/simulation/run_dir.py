@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import yaml
 
 from fedrot.config import Config
 from fedrot.errors import FedrotError
-from fedrot.files import new_file, write_json, write_text
+from fedrot.files import left_behind, new_file, remove, write_json, write_text
 from fedrot.options import Tree, build, first_difference, read_yaml
 
 Row = dict[str, Any]
@@ -64,7 +63,9 @@ class RunDir:
         return self.path / "clients" / f"client-{index:02d}"
 
     def clients(self) -> list[Path]:
-        return sorted((self.path / "clients").glob("client-*"))
+        """In order: client-100 comes behind client-11."""
+        folders = (self.path / "clients").glob("client-*")
+        return sorted(folders, key=lambda folder: int(folder.name.partition("-")[2]))
 
     @property
     def finished(self) -> bool:
@@ -106,10 +107,10 @@ def open_run(path: Path, config: Tree, *, resume: bool = False, force: bool = Fa
         FedrotError: the folder holds something else, a run that neither flag allows to touch, or
             a run to continue with another configuration (the first differing key is named).
     """
-    run = RunDir(path)
+    run, left = RunDir(path), left_behind(path)
     if path.exists() and not path.is_dir():
         raise FedrotError(f"{path} is not a folder")
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir() or {*path.iterdir()} <= {*left}:
         path.mkdir(parents=True, exist_ok=True)
         _write_config(path, config)
     elif not (path / "config.yaml").is_file():
@@ -125,6 +126,7 @@ def open_run(path: Path, config: Tree, *, resume: bool = False, force: bool = Fa
         raise FedrotError(
             f"{path} holds an unfinished run; --resume continues it, --force replaces it"
         )
+    remove(left)
     return run
 
 
@@ -135,10 +137,8 @@ def _write_config(path: Path, config: Tree) -> None:
 def _clear(path: Path) -> None:
     """Remove what a run writes, and nothing else."""
     (path / "summary.json").unlink(missing_ok=True)  # first: from here on it is unfinished
-    for folder in OWN_FOLDERS:
-        shutil.rmtree(path / folder, ignore_errors=True)
-    for file in [*(path / name for name in OWN if name != "config.yaml"), *path.glob("*.png")]:
-        file.unlink(missing_ok=True)
+    own = [path / name for name in (*OWN, *OWN_FOLDERS) if name != "config.yaml"]
+    remove([*own, *path.glob("*.png")])
 
 
 def _same_config(path: Path, config: Tree) -> None:
