@@ -32,7 +32,7 @@ import fedrot
 from fedrot.cli._progress import progress
 from fedrot.files import write_json
 from fedrot.methods import FedIT, FedRot
-from fedrot.sweep.analysis import paired
+from fedrot.report.results import paired
 from fedrot.tasks.base import Batch, TaskData, example_losses, no_progress
 from fedrot.tasks.digits import Digits
 from fedrot.tasks.partition import dirichlet

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fedrot.cli import app
 from fedrot.errors import FedrotError
-from fedrot.report.results import Comparison, Group
+from fedrot.report.results import Comparison, Group, mean_std, paired
 from fedrot.simulation import rounds
 from fedrot.simulation.comparison import parse_variant
 from fedrot.simulation.run_dir import RunDir
@@ -236,8 +236,10 @@ def test_paired_interval():
 
     first, second = group("a", [0.1, 0.2, 0.6]), group("b", [0.3, 0.5, 0.7])
     result = Comparison("t", [0, 1, 2], ["rounds"], ["a", "b"], [first, second])
-    assert result.difference(first) is None and result.interval(first) is None
-    mean, std = result.difference(second)
-    assert (mean, std) == (pytest.approx(0.2), pytest.approx(0.1))
+    assert result.differences(first) == [] and paired([]) is None and paired([0.1]) is None
+    differences = result.differences(second)
+    assert mean_std(differences) == (pytest.approx(0.2), pytest.approx(0.1))
     half = 4.302653 * 0.1 / math.sqrt(3)  # Student's t, 2 degrees of freedom, two-sided 95 %
-    assert result.interval(second) == (pytest.approx(0.2 - half), pytest.approx(0.2 + half))
+    found = paired(differences)
+    assert (found.low, found.high) == (pytest.approx(0.2 - half), pytest.approx(0.2 + half))
+    assert (found.pairs, found.certain) == (3, False)

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from fedrot.cli import app
 from fedrot.errors import FedrotError
 from fedrot.options import flatten, merge, parse_overrides
+from fedrot.report.results import paired
 from fedrot.report.sweep_pages import failures, tables
 from fedrot.simulation.run_dir import RunDir
-from fedrot.sweep.analysis import Results, paired
+from fedrot.sweep.analysis import Results
 from fedrot.sweep.experiment import TUNE_SEED, read_experiment
 from fedrot.sweep.runner import run_experiment
 

@@ -12,7 +12,7 @@ import yaml
 from fedrot.config import SETTINGS, Config
 from fedrot.files import new_file, write_text
 from fedrot.report import html, plots
-from fedrot.report.results import Comparison, MeanStd, mean_std
+from fedrot.report.results import Comparison, MeanStd, mean_std, paired
 
 Row = Mapping[str, Any]  # a line of metrics.jsonl
 
@@ -119,7 +119,7 @@ def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]
     rows = []
     for group in comparison.groups:
         accuracy = _spread(mean_std(group.values("accuracy")), ".3f")
-        difference = _spread(comparison.difference(group), "+.3f").replace("± +", "± ")
+        difference = _spread(mean_std(comparison.differences(group)), "+.3f").replace("± +", "± ")
         means = [_mean(mean_std(group.values(key)), form) for key, _, form in shown]
         rows.append([group.label, group.method, accuracy, difference, *means])
     return header, rows
@@ -145,15 +145,14 @@ def findings(comparison: Comparison) -> list[str]:
     """A sentence per method and setting: is the paired difference more than noise?"""
     out = []
     for group in comparison.groups:
-        baseline = comparison.of(group.setting)[0]
-        interval = comparison.interval(group)
-        if group is baseline or interval is None:
+        found = paired(comparison.differences(group))
+        if found is None:
             continue
-        low, high = interval
-        verdict = "no difference beyond noise" if low <= 0 <= high else "a difference"
+        baseline = comparison.of(group.setting)[0]
+        verdict = "a difference" if found.certain else "no difference beyond noise"
         out.append(
             f"{group.label}: {group.method} against {baseline.method}: {verdict} "
-            f"(95 % paired t-interval {low:+.3f} to {high:+.3f}, {len(comparison.seeds)} seeds)."
+            f"(95 % paired t-interval {found.low:+.3f} to {found.high:+.3f}, {found.pairs} seeds)."
         )
     return out
 

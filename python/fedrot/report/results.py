@@ -17,6 +17,20 @@ MeanStd = tuple[float, float | None]  # std is None for a single seed
 
 
 @dataclass(frozen=True)
+class Difference:
+    """A method against its baseline, paired by seed."""
+
+    mean: float
+    low: float  # 95 % interval, Student's t over seeds
+    high: float
+    pairs: int
+
+    @property
+    def certain(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
 class Group:
     """The runs of one method in one setting, one per seed."""
 
@@ -57,22 +71,13 @@ class Comparison:
     def label(self, setting: str) -> str:
         return self.of(setting)[0].label
 
-    def difference(self, group: Group) -> MeanStd | None:
-        """Accuracy against the baseline, paired by seed; ``None`` for the baseline itself."""
+    def differences(self, group: Group) -> list[float]:
+        """Accuracy against the baseline, by seed; none for the baseline itself."""
         baseline = self.of(group.setting)[0]
         if group is baseline:
-            return None
+            return []
         pairs = zip(group.summaries, baseline.summaries, strict=True)
-        return mean_std([a["accuracy"] - b["accuracy"] for a, b in pairs])
-
-    def interval(self, group: Group) -> tuple[float, float] | None:
-        """95 % confidence interval of the paired difference (Student's t over seeds)."""
-        mean, std = self.difference(group) or (0.0, None)
-        if std is None:
-            return None
-        n = len(self.seeds)
-        half = float(stats.t.ppf(0.975, n - 1)) * std / math.sqrt(n)
-        return mean - half, mean + half
+        return [a["accuracy"] - b["accuracy"] for a, b in pairs]
 
     def by_method(self, key: str) -> dict[str, list[list[float] | None]]:
         """Per method, and per setting, the values over seeds."""
@@ -98,3 +103,13 @@ def mean_std(values: Sequence[float] | None) -> MeanStd | None:
         return None
     std = statistics.stdev(values) if len(values) > 1 else None
     return statistics.fmean(values), std
+
+
+def paired(differences: Sequence[float]) -> Difference | None:
+    """Their mean and its interval; ``None`` for fewer than two."""
+    n = len(differences)
+    if n < 2:
+        return None
+    mean = statistics.fmean(differences)
+    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
+    return Difference(mean, mean - half, mean + half, n)

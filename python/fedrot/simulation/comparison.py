@@ -175,7 +175,7 @@ def _summary(result: Comparison) -> dict[str, Any]:
         for key in ("accuracy", *(key for key, _, _ in MEANS)):
             if (found := mean_std(group.values(key))) is not None:
                 row[key] = {"mean": found[0], "std": found[1], "values": group.values(key)}
-        if (difference := result.difference(group)) is not None:
+        if (difference := mean_std(result.differences(group))) is not None:
             row["accuracy_difference"] = {"mean": difference[0], "std": difference[1]}
         rows.append({**row, "runs": [str(folder) for folder in group.folders]})
     return {"task": result.task, "seeds": list(result.seeds), "groups": rows}

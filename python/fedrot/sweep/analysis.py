@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy import stats
-
-from fedrot.report.results import MeanStd, mean_std
+from fedrot.report.results import Difference, MeanStd, mean_std, paired
 from fedrot.simulation.run_dir import RunDir
 from fedrot.sweep.experiment import Cell, Experiment
 from fedrot.sweep.runner import Outcome, Summary
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A method against the baseline of its cell, paired by seed."""
-
-    mean: float
-    low: float  # 95 % interval, Student's t over seeds
-    high: float
-    pairs: int
-
-    @property
-    def certain(self) -> bool:
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -132,12 +114,3 @@ def number(summary: Summary | None, key: str) -> float | None:
         return float(summary[key]) if key in summary else None
     plain = summary.get("aggregation_error_plain")
     return float(summary["aggregation_error"]) / plain if plain and plain > 1e-5 else None
-
-
-def paired(differences: Sequence[float]) -> Difference | None:
-    n = len(differences)
-    if n < 2:
-        return None
-    mean = statistics.fmean(differences)
-    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
-    return Difference(mean, mean - half, mean + half, n)
