@@ -22,7 +22,8 @@ class Clients:
 
     ``alpha``: concentration of the ``dirichlet`` partition of every label, small is uneven.
     ``labels``: how many different ones each client has in the ``labels`` partition. ``column``:
-    whose values are the clients in the ``column`` partition.
+    whose values are the clients in the ``column`` partition. ``local_test``: every client's model
+    is also scored on test examples with the client's own mix of labels.
     ``participation``: who of them trains in a round, drawn anew every round: a fraction up to 1,
     or a whole number of clients from 2 on. ``weights``: what a client counts in the average.
     ``ranks``: the clients' own ranks in turn, none above ``lora.r``, which all have for ``null``;
@@ -43,6 +44,7 @@ class Clients:
     alpha: float = option(0.5, above=0)
     labels: int = option(1, at_least=1)
     column: str | None = option(None)
+    local_test: bool = option(False)
     participation: float = option(1.0, above=0)
     weights: str = option("uniform", choices=("uniform", "samples"))
     ranks: tuple[int, ...] | None = option(None, at_least=1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedrot.config import Clients
 from fedrot.errors import FedrotError
 from fedrot.tasks import TaskData
-from fedrot.tasks.partition import dirichlet, split
+from fedrot.tasks.partition import dirichlet, like, split
 
 
 @settings(max_examples=60, deadline=None)
@@ -125,3 +125,17 @@ def test_what_a_partition_refuses(clients, message):
     data = data_of(torch.arange(5), user=torch.tensor([7, 3, 7, 9, 3]))
     with pytest.raises(FedrotError, match=message):
         split(data, clients, 0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "test", "rows"),
+    [
+        ([0, 0, 0, 1], [1, 0, 0, 1, 1, 0], [0, 1, 2, 5]),  # 3 : 1, of three and three
+        ([2, 2], [0, 2, 1, 2], [1, 3]),
+        ([0, 1, 3, 3], [1, 0, 1, 0], [0, 1, 2, 3]),  # no 3 there: the shares of the others
+        ([5], [0, 1], []),
+        ([0] * 99 + [1], [1, 0, 1], [1]),  # the rare one is less than half an example
+    ],
+)
+def test_as_many_test_examples_as_there_are_in_the_same_shares(labels, test, rows):
+    assert like(torch.tensor(labels), torch.tensor(test)).tolist() == rows

@@ -28,7 +28,11 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 TINY = {
     "title": "A try",
     "claim": "None.",
-    "options": {**flatten(parse_overrides(SMALL_ONE_SHOT)), "rounds": 2},
+    "options": {
+        **flatten(parse_overrides(SMALL_ONE_SHOT)),
+        "rounds": 2,
+        "clients.local_test": True,
+    },
     "vary": {"clients.alpha": [0.3, 10.0]},
     "methods": ["fedit", "fedrot", "fedrot:lam=0.5:align=A"],
     "tune": {"local.lr": [0.1, 1.0], "method.lam": [0.4, 1.0]},
@@ -164,7 +168,12 @@ def finished(tmp_path_factory):
 def test_the_numbers_are_those_of_the_runs(finished):
     folder, output = finished
     found = json.loads((folder / "out" / "results.json").read_text())
+    text = (folder / "out" / "report.md").read_text()
     assert len(found["results"]) == 2 * 3
+
+    def tuning_of(runs):
+        return folder / "out" / "tuning" / runs.relative_to(folder / "out" / "runs")
+
     for row in found["results"]:
         name = {"FedIT": "fedit", "FedRot-LoRA": "fedrot"}.get(
             row["method"], "fedrot-lam-0.5-align-A"
@@ -177,9 +186,17 @@ def test_the_numbers_are_those_of_the_runs(finished):
         best = max(t["validation_accuracy"] for t in row["trials"])
         chosen = next(t for t in row["trials"] if t["options"] == row["tuned"])
         assert chosen["validation_accuracy"] == best
+        first = tuning_of(runs) / "trial-00" / "seed-0"
+        score = row["trials"][0]["validation_accuracy"]
+        if row["method"] == "FedRot-LoRA":  # of two options, so of one seed
+            assert score == RunDir(first).summary()["accuracy_local"]
+        local = [s["accuracy_local"] for s in summaries]
+        assert row["accuracy_local"]["values"] == local
+        shown = f"{statistics.fmean(local):.3f} ± {statistics.stdev(local):.3f}"
+        assert shown in text.split("own mix of labels\n")[1].split("##")[0]
         trials = 4 if row["method"] == "FedRot-LoRA" else 2
-        tuning = folder / "out" / "tuning" / runs.relative_to(folder / "out" / "runs")
-        assert len(row["trials"]) == trials and len(list(tuning.glob("trial-*/seed-*"))) == 4
+        assert len(row["trials"]) == trials
+        assert len(list(tuning_of(runs).glob("trial-*/seed-*"))) == 4
         config = flatten(yaml.safe_load((runs / "seed-1" / "config.yaml").read_text()))
         assert {key: config[key] for key in row["tuned"]} == row["tuned"]
         ratios = [s["aggregation_error"] / s["aggregation_error_plain"] for s in summaries]
@@ -187,7 +204,7 @@ def test_the_numbers_are_those_of_the_runs(finished):
         if row["method"] == "FedIT":
             assert row["error_ratio"]["values"] == pytest.approx([1.0, 1.0])
     assert "A try: Accuracy" in output and "FedRot-LoRA lam=0.5 align=A" in output
-    text = (folder / "out" / "report.md").read_text()
+    assert "## The same, difference to FedIT" in text
     assert "## Tuned options (4 runs a method and cell)" in text
     for picture in ("accuracy.png", "differences.png", "error-ratio.png", "rounds-alpha-0.3.png"):
         assert (folder / "out" / picture).read_bytes().startswith(b"\x89PNG")

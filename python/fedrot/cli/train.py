@@ -85,6 +85,11 @@ def _print_result(run: Path, config: Tree, summary: dict[str, Any]) -> None:
             "accuracy: mean over the clients' own models; "
             f"of the averaged adapter {summary['accuracy_averaged']:.3f}"
         )
+    if "accuracy_local" in summary:
+        typer.echo(
+            "on test examples with each client's own mix of labels, mean: "
+            f"{summary['accuracy_local']:.3f}"
+        )
     if ranks := summary.get("ranks"):
         low, high = min(ranks.values()), max(ranks.values())
         typer.echo(

@@ -19,6 +19,8 @@ Row = Mapping[str, Any]  # a line of metrics.jsonl
 COLUMNS = {
     "round": ("round", "d"),
     "accuracy": ("accuracy", ".3f"),
+    "accuracy_averaged": ("of the average", ".3f"),
+    "accuracy_local": ("local", ".3f"),
     "loss": ("test loss", ".3f"),
     "train_loss": ("train loss", ".3f"),
     "aggregation_error": ("error", ".3g"),
@@ -33,7 +35,9 @@ RUN_COLUMNS = ["setting", "method", "seed", "accuracy", "folder"]
 WORDS = (
     "Error: aggregation error of the round's uploads, the Frobenius norm of (mean of B_i A_i) - "
     "B A over all layers; plain: the same uploads averaged factor by factor. Angle: mean "
-    "principal angle in degrees of the rotation that best aligns a client with the reference."
+    "principal angle in degrees of the rotation that best aligns a client with the reference. "
+    "Where clients keep a part of the model, accuracy is the mean over their models. Local: on "
+    "test examples with each client's own mix of labels."
 )
 
 
@@ -126,6 +130,8 @@ def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]
 
 
 MEANS = (
+    ("accuracy_averaged", "of the average", ".3f"),  # where clients keep a part
+    ("accuracy_local", "local", ".3f"),
     ("aggregation_error", "error", ".3f"),
     ("aggregation_error_plain", "plain", ".3f"),
     ("rotation_angle", "angle", ".1f"),

@@ -39,13 +39,18 @@ def write_results(results: Results, out: Path) -> list[Path]:
 
 
 def tables(results: Results) -> list[Table]:
-    """Accuracy, differences, aggregation error, and what was tuned."""
+    """Accuracy, also on local tests, differences, aggregation error, and what was tuned."""
     found = [
         ("Accuracy", _accuracy),
         (f"Difference to {results.methods[0]}", _difference),
         ("Aggregation error", _error),
         ("Seconds of aggregation", _seconds),
     ]
+    if any(results.values(o.cell, o.variant.label, "accuracy_local") for o in results.outcomes):
+        found[2:2] = [
+            ("Accuracy on the clients' own mix of labels", _local),
+            (f"The same, difference to {results.methods[0]}", _local_difference),
+        ]
     out = [_by_method(results, heading, form) for heading, form in found]
     if results.experiment.tune:
         first = results.experiment.methods[0]
@@ -82,8 +87,16 @@ def _accuracy(results: Results, cell: Cell, method: str) -> str:
     return _plus_minus(results.spread(cell, method), ".3f")
 
 
-def _difference(results: Results, cell: Cell, method: str) -> str:
-    found = results.difference(cell, method)
+def _local(results: Results, cell: Cell, method: str) -> str:
+    return _plus_minus(results.spread(cell, method, "accuracy_local"), ".3f")
+
+
+def _local_difference(results: Results, cell: Cell, method: str) -> str:
+    return _difference(results, cell, method, "accuracy_local")
+
+
+def _difference(results: Results, cell: Cell, method: str, key: str = "accuracy") -> str:
+    found = results.difference(cell, method, key)
     if found is None:
         return "-"
     star = " *" if found.certain else ""

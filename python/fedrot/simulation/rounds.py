@@ -44,7 +44,7 @@ from fedrot.simulation.run_dir import Row, RunDir, open_run
 from fedrot.simulation.seeding import generator
 from fedrot.tasks import TaskData
 from fedrot.tasks.base import Track, no_progress
-from fedrot.tasks.partition import split
+from fedrot.tasks.partition import split, split_test
 
 
 @dataclass(frozen=True)
@@ -58,29 +58,36 @@ class Federation:
     head: dict[str, Tensor]  # as it was before training; empty where it stays frozen
     examples: list[Tensor]  # per client its rows of data.train
     memory: Memory
+    local_tests: list[Tensor]  # per client its rows of data.test; empty unless it is asked for
 
     def start(self) -> Server:
         """Before the first round."""
         factors = draw_factors(self.model, generator(self.config.seed, "start", 0))
         return Server(factors, head=self.head)
 
-    def score(self, factors: Factors, head: dict[str, Tensor]) -> dict[str, float]:
-        """Of one model on the test part."""
+    def score(
+        self, factors: Factors, head: dict[str, Tensor], rows: Tensor | None = None
+    ) -> dict[str, float]:
+        """Of one model on the test part, or on some rows of it."""
         set_head(self.model, head)
-        return self.config.task.evaluate(set_factors(self.model, factors), self.data.test)
+        test = self.data.test
+        if rows is not None:
+            test = {key: value[rows] for key, value in test.items()}
+        return self.config.task.evaluate(set_factors(self.model, factors), test)
 
     def evaluate(self, server: Server) -> dict[str, float]:
         """Of the global model; where clients keep their B or head, the mean over the clients'
-        models, and that of the averaged B or head as ``..._averaged``."""
+        models, and that of the averaged B or head as ``..._averaged``. Of the clients' models on
+        their local tests, the mean as ``..._local``."""
         self.frozen.set(server.merged)
-        averaged = self.score(server.factors, server.head)
-        if not (server.personal or server.heads):
-            return averaged
-        own = [self.score(*self.own(server, i)) for i in range(self.config.clients.count)]
-        return {
-            **{key: math.fsum(s[key] for s in own) / len(own) for key in averaged},
-            **{f"{key}_averaged": value for key, value in averaged.items()},
-        }
+        scores, clients = self.score(server.factors, server.head), range(self.config.clients.count)
+        if server.personal or server.heads:
+            averaged = {f"{key}_averaged": value for key, value in scores.items()}
+            scores = {**_means([self.score(*self.own(server, i)) for i in clients]), **averaged}
+        if self.local_tests:
+            local = [self.score(*self.own(server, i), self.local_tests[i]) for i in clients]
+            scores |= {f"{key}_local": value for key, value in _means(local).items()}
+        return scores
 
     def own(self, server: Server, client: int) -> tuple[Factors, dict[str, Tensor]]:
         """Factors and head of a client's own model: the global ones but for what stays with it."""
@@ -161,9 +168,9 @@ def prepare(config: Config, track: Track = no_progress) -> Federation:
         data = hold_out(data, config.validation, config.seed)
     base = config.task.load_model(data).to(device)
     model = adapt(base, config.lora, config.task.lora_targets(base))
-    data, examples = attacks.poisoned(
-        data, split(data, config.clients, config.seed), config.clients
-    )
+    examples = split(data, config.clients, config.seed)
+    local_tests = split_test(data, examples) if config.clients.local_test else []
+    data, examples = attacks.poisoned(data, examples, config.clients)
     if layer := mixed_layer(model, data.train):
         if config.local.together not in (None, 1):
             raise FedrotError(
@@ -172,8 +179,16 @@ def prepare(config: Config, track: Track = no_progress) -> Federation:
             )
         config = replace(config, local=replace(config.local, together=1))
     head = get_head(model) if config.local.head else {}
-    memory = remember(model, data.train)
-    return Federation(config, data, model, FrozenWeights(model), head, examples, memory)
+    return Federation(
+        config,
+        data,
+        model,
+        FrozenWeights(model),
+        head,
+        examples,
+        remember(model, data.train),
+        local_tests,
+    )
 
 
 def device_of(name: str) -> torch.device:
@@ -337,6 +352,10 @@ def _check_converging(clients: Sequence[int], losses: Tensor, round: int, lr: fl
             f"local training of client {clients[bad[0]]} diverged in round {round + 1}: "
             f"its loss is not finite; lower local.lr={lr}"
         )
+
+
+def _means(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: math.fsum(s[key] for s in scores) / len(scores) for key in scores[0]}
 
 
 @contextmanager

@@ -96,6 +96,8 @@ class Results:
 
 KEYS = (
     "accuracy",
+    "accuracy_averaged",
+    "accuracy_local",
     "loss",
     "aggregation_error",
     "error_ratio",

@@ -86,7 +86,7 @@ def run_experiment(
                 tuning.get((cell.folder, variant.folder, index, seed))
                 for seed in range(experiment.trial_seeds(variant))
             ]
-            values = [_accuracy(found.get(job.path)) for job in jobs if job is not None]
+            values = [_score(found.get(job.path)) for job in jobs if job is not None]
             real = [v for v in values if v is not None]
             scores.append(
                 (trial, statistics.fmean(real) if real and len(real) == len(values) else None)
@@ -123,8 +123,11 @@ def clear(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def _accuracy(summary: Summary | None) -> float | None:
-    return None if summary is None else float(summary["accuracy"])
+def _score(summary: Summary | None) -> float | None:
+    """What a trial is chosen by: the accuracy, on the clients' local tests where there are some."""
+    if summary is None:
+        return None
+    return float(summary.get("accuracy_local", summary["accuracy"]))
 
 
 def _run(jobs: Sequence[Job], workers: int, track: Track, label: str) -> dict[Path, Summary | None]:

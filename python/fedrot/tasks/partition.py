@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +34,45 @@ def split(data: TaskData, clients: Clients, seed: int) -> list[Tensor]:
             )
         return by_column(data.columns[clients.column], count)
     return dirichlet(labels, count, clients.alpha, seed)
+
+
+def split_test(data: TaskData, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Per client the sorted indices of test examples with its own mix of labels: as many as there
+    are in these shares, so that clients share examples.
+
+    Raises:
+        FedrotError: the test examples have no classes, or a client none of whose labels are there.
+    """
+    labels, test = data.train["labels"], data.test["labels"]
+    if labels.dim() > 1:
+        raise FedrotError(
+            "clients.local_test=true takes test examples by their classes, and this task has none"
+        )
+    found = []
+    for client, part in enumerate(parts):
+        rows = like(labels[part], test)
+        if not len(rows):
+            raise FedrotError(
+                f"clients.local_test=true: no test example has a label of client {client}"
+            )
+        found.append(rows)
+    return found
+
+
+def like(labels: Tensor, test: Tensor) -> Tensor:
+    """Sorted indices into ``test`` of the first examples of every label, as many as there can be in
+    the shares of ``labels``; labels that ``test`` does not have are left out. Both ``(n,)``
+    integers from 0."""
+    classes = int(torch.cat([labels, test]).max()) + 1
+    have = test.bincount(minlength=classes)
+    shares = labels.bincount(minlength=classes).double() * (have > 0)
+    if not shares.any():
+        return torch.empty(0, dtype=torch.long)
+    shares /= shares.sum()
+    size = torch.where(shares > 0, have / shares, math.inf).min()
+    wanted = (size * shares).round().long()
+    rows = [(test == c).nonzero().flatten()[:n] for c, n in enumerate(wanted.tolist())]
+    return torch.cat(rows).sort().values
 
 
 def iid(n: int, clients: int, seed: int) -> list[Tensor]:

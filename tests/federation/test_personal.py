@@ -1,6 +1,8 @@
-"""Heads that stay with their clients."""
+"""Parts that stay with their clients: heads; and tests on what the clients have."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from fedrot.factors import Factors
 from fedrot.methods import FedIT, Server
 from fedrot.optimizers import ServerOptimizer
 from fedrot.server import Upload, serve
+from fedrot.simulation.adapter import set_factors
 from fedrot.simulation.participants import participants
 from fedrot.simulation.rounds import federate, prepare
 from fedrot.simulation.run_dir import RunDir
+from fedrot.tasks.partition import split_test
 
 PERSONAL = ("local.head=true", "local.personal_head=true", "local.lr=0.1")
 
@@ -96,8 +100,50 @@ def test_who_never_took_part_is_scored_with_the_untrained_head(tmp_path):
     assert federation.evaluate(server)["loss"] == pytest.approx(sum(scores) / 4)
 
 
+@pytest.mark.parametrize("method", ["fedit", "fedsa"])
+def test_local_tests_have_the_clients_labels(method, tmp_path):
+    """Scores of every client's model on them, the mean as ``..._local``."""
+    config = small(method, "clients.local_test=true", "clients.alpha=0.3", "clients.ranks=[4,2]")
+    federation = prepare(config)
+    train, test = (part["labels"] for part in (federation.data.train, federation.data.test))
+    for rows, examples in zip(federation.local_tests, federation.examples, strict=True):
+        shares = [t.bincount(minlength=5).double() / len(t) for t in (train[examples], test[rows])]
+        torch.testing.assert_close(*shares, rtol=0, atol=0.5 * 5 / len(rows))
+        assert bool((rows.diff() > 0).all())
+    assert len({len(rows) for rows in federation.local_tests}) > 1
+    server = rounds_of(federation, 1, tmp_path)[-1]
+    scores = federation.evaluate(server)
+    method, clients = config.method, config.clients
+    local = []
+    for i, rows in enumerate(federation.local_tests):
+        part = {key: value[rows] for key, value in federation.data.test.items()}
+        model = set_factors(federation.model, method.download(server, i, clients.rank(i)))
+        local.append(config.task.evaluate(model, part))
+    for key in ("accuracy", "loss"):
+        assert scores[f"{key}_local"] == pytest.approx(sum(s[key] for s in local) / 4)
+    assert scores["accuracy_local"] != scores["accuracy"]
+
+
+def test_poisoned_labels_do_not_change_the_local_tests():
+    """A client whose training labels are wrong is tested on those that it had."""
+    plain = prepare(small("fedit", "clients.local_test=true"))
+    attack = ("clients.attackers=2", "clients.attack=labels")
+    poisoned = prepare(small("fedit", "clients.local_test=true", *attack))
+    assert not torch.equal(plain.data.train["labels"], poisoned.data.train["labels"])
+    for rows, same in zip(plain.local_tests, poisoned.local_tests, strict=True):
+        assert torch.equal(rows, same)
+
+
 def test_refused():
     with pytest.raises(FedrotError, match=r"local\.personal_head=true needs local\.head=true"):
         small("fedit", "local.personal_head=true")
     with pytest.raises(FedrotError, match="start=own merges once, and every upload has its own"):
         small("fedit", *PERSONAL, "start=own", "rounds=1")
+    data = SimpleNamespace(train={"labels": torch.zeros(4, 3)}, test={"labels": torch.zeros(4, 3)})
+    with pytest.raises(FedrotError, match="by their classes, and this task has none"):
+        split_test(data, [torch.arange(2), torch.arange(2, 4)])
+    data = SimpleNamespace(
+        train={"labels": torch.tensor([0, 1, 2, 2])}, test={"labels": torch.tensor([0, 1])}
+    )
+    with pytest.raises(FedrotError, match="no test example has a label of client 1"):
+        split_test(data, [torch.arange(2), torch.arange(2, 4)])
