@@ -127,7 +127,7 @@ def _score(summary: Summary | None) -> float | None:
     """What a trial is chosen by: the accuracy, on the clients' local tests where there are some."""
     if summary is None:
         return None
-    return float(summary.get("accuracy_local", summary["accuracy"]))
+    return float(summary["accuracy_local" if "accuracy_local" in summary else "accuracy"])
 
 
 def _run(jobs: Sequence[Job], workers: int, track: Track, label: str) -> dict[Path, Summary | None]:
