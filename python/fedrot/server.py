@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fedrot.factors import Factors
 from fedrot.methods import Method, Server
-from fedrot.methods.base import normalised
 from fedrot.optimizers import ServerOptimizer
 
 
@@ -52,13 +51,15 @@ def serve(
     reference = reference or method.reference(server)
     aggregate = method.aggregate(factors, reference, weights, round=round, generator=generator)
     folded = method.fold(factors, aggregate, weights)
-    head = _mean([upload.head for upload in uploads], weights)
+    like = uploads[0].head
+    heads = method.average_rest([upload.head for upload in uploads], server.head or like, weights)
+    head = {name: heads[name].to(t.dtype) for name, t in like.items()}
     parts = "A" if method.personal else method.parts(round)
     shared, new_head = ({}, {}) if personal_head else (server.head, head)
     before = _parameters(server.factors, shared, parts)
     after, state = optimizer.step(before, _parameters(aggregate, new_head, parts), server.optimizer)
     own = {u.client: u.factors.B for u in uploads} if method.personal else {}
-    heads = {u.client: u.head for u in uploads} if personal_head else {}
+    own_heads = {u.client: u.head for u in uploads} if personal_head else {}
     merged = {
         module: server.merged[module] + delta if module in server.merged else delta
         for module, delta in folded.items()
@@ -74,7 +75,7 @@ def serve(
         merged=merged,
         personal={**server.personal, **own},
         head={name: after.get(f"head/{name}", mean) for name, mean in head.items()},
-        heads={**server.heads, **heads},
+        heads={**server.heads, **own_heads},
         optimizer=state,
     )
     return Update(stepped, aggregate, folded)
@@ -85,13 +86,3 @@ def _parameters(factors: Factors, head: dict[str, Tensor], parts: str) -> dict[s
     A = {f"A/{m}": t for m, t in factors.A.items()} if "A" in parts else {}
     B = {f"B/{m}": t for m, t in factors.B.items()} if "B" in parts else {}
     return {**A, **B, **{f"head/{name}": t for name, t in head.items()}}
-
-
-def _mean(heads: Sequence[dict[str, Tensor]], weights: Tensor | None) -> dict[str, Tensor]:
-    w = normalised(weights, len(heads))
-    return {
-        name: torch.stack([w[i] * head[name].double() for i, head in enumerate(heads)])
-        .sum(0)
-        .to(like.dtype)
-        for name, like in heads[0].items()
-    }

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fedrot.adapters import aggregate, gather, measure, merge, read_adapter, write_adapter
 from fedrot.errors import FedrotError
-from fedrot.methods import FedRot
+from fedrot.methods import FedRot, Robust
 
 ALL = ["emb", "conv", "lin1", "lin2"]
 
@@ -150,6 +151,26 @@ def test_whole_parameters_are_averaged_plainly(save, tools, tmp_path):
         assert not torch.equal(ta[key], tb[key]), key
         torch.testing.assert_close(merged[key], 0.25 * ta[key] + 0.75 * tb[key])
     tools.output_of(merged_folder)  # PEFT loads it
+
+
+@pytest.mark.parametrize("rule", ["median", "clip", "krum"])
+def test_robust_rules_cover_what_lies_beside_the_factors(rule, save, tools):
+    """One of five adapters is a thousand times as large: a head, a bias, and a LoRA bias."""
+    kw = {"modules_to_save": ["head"], "lora_bias": True}
+    honest = [read_adapter(save(str(i), i, **kw)) for i in range(4)]
+    bad = replace(honest[0], tensors={k: -1000 * t for k, t in honest[0].tensors.items()})
+    ref = read_adapter(save("ref", 9, **kw))
+    uploads = gather([*honest, bad], ref)
+    out, mean = (merge(uploads, method).tensors for method in (Robust(rule), FedRot(1.0)))
+    keys = [key for key in out if "head" in key or "lora_B.bias" in key]
+    assert len(keys) > 2
+    for key in keys:
+        clients = torch.stack([a.tensors[key] for a in honest])
+        assert float(mean[key].abs().max()) > 50 * float(clients.abs().max())
+        assert float(out[key].abs().max()) <= 2 * float(clients.abs().max())
+        if rule == "median":
+            every = torch.cat([clients, bad.tensors[key][None]])
+            torch.testing.assert_close(out[key], every.median(0).values)
 
 
 def test_lora_bias_is_averaged_on_the_reference_scale(save, tools, tmp_path):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import SMALL
+from small import SMALL, small
 
 from fedrot.config import load
 from fedrot.errors import FedrotError
 from fedrot.options import parse_overrides
-from fedrot.simulation.rounds import prepare, train_round
+from fedrot.simulation.rounds import federate, prepare, train_round
 
 
 def trained(*options):
@@ -60,6 +60,43 @@ def test_labels_are_turned_around_for_attackers_alone(honest):
     assert torch.equal(wrong, labels.max() - labels[before.examples[3]])
     assert torch.equal(after.data.train["labels"][: len(labels)], labels)
     assert any(not torch.equal(plain[3].B[m], found[3].B[m]) for m in plain[0].B)
+
+
+def test_heads_are_spoiled_too_unless_they_stay_with_the_client():
+    head = ("local.head=true", "local.lr=0.1", "clients.attackers=1", "clients.attack_strength=3")
+
+    def upload(*options):
+        federation = prepare(load(parse_overrides([*SMALL, *head, *options])))
+        return federation, train_round(federation, federation.start()).clients[3].head
+
+    federation, plain = upload("clients.attackers=0")
+    _, found = upload()
+    _, kept = upload("local.personal_head=true")
+    for name, start in federation.head.items():
+        assert float((plain[name] - start).abs().max()) > 1e-3
+        torch.testing.assert_close(found[name], start - 3 * (plain[name] - start))
+        assert torch.equal(kept[name], plain[name])
+
+
+def test_wrong_labels_spoil_the_mean_and_unaligned_rules(tmp_path):
+    """Three of seven clients, in bases of their own: as sign flips and noise in
+    ``tests/methods/test_robust_methods.py``, but with uploads that training made."""
+    options = (
+        *("clients.count=7", "clients.partition=iid", "clients.attackers=3"),
+        *("clients.attack=labels", "regauge=true", "rounds=4", "local.steps=15"),
+    )
+
+    def accuracy(method, *more):
+        config = small(method, "task.pretrain_steps=200", *options, *more)
+        folder = tmp_path / "-".join([method, *more])
+        return federate(config, folder, report=False)["accuracy"]
+
+    plain, median = accuracy("fedrot", "method.lam=1.0"), accuracy("robust")
+    assert accuracy("fedrot", "method.lam=1.0", "clients.attackers=0") > plain + 0.03
+    assert median > plain + 0.03
+    assert accuracy("robust", "method.lam=0.0") < plain - 0.3  # the rule without the rotation
+    krum = accuracy("robust", "method.rule=multi-krum", "method.attackers=3")
+    assert krum > plain + 0.03
 
 
 def test_what_is_refused():

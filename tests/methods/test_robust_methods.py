@@ -7,8 +7,10 @@ import torch
 
 from fedrot.factors import Factors, truncate
 from fedrot.gauge import regauge
-from fedrot.methods import FedRot, Robust
+from fedrot.methods import FedRot, Robust, Server
 from fedrot.methods.robust import krum, product_distances, trimmed_mean
+from fedrot.optimizers import ServerOptimizer
+from fedrot.server import Upload, serve
 from fedrot.streaming import StreamingAggregator
 
 RULES = {
@@ -172,7 +174,7 @@ def test_clip_with_a_client_that_did_not_move():
     out = Robust("clip").aggregate([REFERENCE, REFERENCE, scalar(9.0)], REFERENCE)
     assert out.B["m"].item() == 1.0  # the median length is 0: nobody moves
     torch.testing.assert_close(trimmed_mean(torch.tensor([4.0, 1, 9, 2]), 1), torch.tensor(3.0))
-    assert krum([scalar(1.0)] * 4, REFERENCE, 1) == [0, 1, 2, 3]
+    assert krum(torch.zeros(4, 4), 1) == [0, 1, 2, 3]
 
 
 def streamed(uploads, reference, weights, **options) -> StreamingAggregator:
@@ -240,3 +242,55 @@ def test_what_is_refused():
             Robust().aggregate(CLIENTS, REFERENCE, torch.tensor(weights))
     with pytest.raises(ValueError, match="client 4, layer 0"):
         Robust().aggregate([*CLIENTS[:4], scalar(float("inf"))], REFERENCE)
+
+
+HEADS = [{"bias": torch.tensor([h, 0.0])} for h in (2.0, 1.5, 2.5, 1.0, 100.0)]
+START = {"bias": torch.tensor([1.0, 0.0])}
+
+
+@pytest.mark.parametrize(
+    ("method", "bias"),
+    [  # the numbers of test_by_hand
+        (Robust("median"), 2.0),
+        (Robust("trimmed", attackers=1), 2.0),
+        (Robust("krum", attackers=1), 2.0),
+        (Robust("multi-krum", attackers=1), 1.75),
+        (Robust("clip"), 1.7),
+        (Robust("clip", bound=0.25), 1.2),
+        (FedRot(), 21.4),  # every other method: the weighted mean
+    ],
+)
+def test_what_lies_beside_the_factors_by_hand(method, bias):
+    out = method.average_rest(HEADS, START)
+    assert out.keys() == {"bias"} and out["bias"].dtype == torch.float64
+    torch.testing.assert_close(out["bias"], torch.tensor([bias, 0.0], dtype=torch.float64))
+    assert method.average_rest([{}] * 5, {}) == {}
+    update = serve(
+        method,
+        ServerOptimizer(),
+        Server(REFERENCE, head=START),
+        [Upload(i, f, h) for i, (f, h) in enumerate(zip(CLIENTS, HEADS, strict=True))],
+    )
+    torch.testing.assert_close(update.server.head["bias"], torch.tensor([bias, 0.0]))
+
+
+def test_weights_beside_the_factors():
+    weights = torch.tensor([1.0, 3.0, 0.0, 0.0, 4.0])
+    assert Robust("median").average_rest(HEADS, START, weights)["bias"][0] == 2.0
+    clip = Robust("clip").average_rest(HEADS, START, weights)["bias"][0]
+    assert float(clip) == pytest.approx(1 + (1 * 1 + 3 * 0.5 + 4 * 1) / 8)
+    mean = FedRot().average_rest(HEADS, START, weights)["bias"][0]
+    assert float(mean) == pytest.approx((2 + 3 * 1.5 + 4 * 100) / 8)
+    with pytest.raises(ValueError, match="needs at least 4 clients, got 3"):
+        Robust("krum").average_rest(HEADS, START, weights)
+
+
+def test_krum_ties_go_to_the_lower_number():
+    """With ``N = f + 3`` the two closest have each other as their only nearest: always a tie."""
+    for seed in range(60):
+        reference, uploads = federation(4, seed=seed, dtype=torch.float64)
+        squares = product_distances(uploads, reference)
+        assert torch.equal(squares, squares.T)
+        closest = squares.clone().fill_diagonal_(torch.inf).argmin()
+        pair = sorted(divmod(int(closest), 4))
+        assert krum(squares, 1)[:2] == pair

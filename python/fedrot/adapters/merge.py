@@ -238,7 +238,7 @@ def aggregate(
 
 
 def merge(uploads: Uploads, method: Method) -> Merged:
-    """Aggregate the factors with `method`, and everything else by its weighted mean.
+    """Aggregate the factors with `method`, and everything else as it averages that.
 
     Adapters of another kind than LoRA are aligned as their kind says, then averaged.
 
@@ -249,10 +249,10 @@ def merge(uploads: Uploads, method: Method) -> Merged:
     if uploads.target.kind is not None:
         uploads, distances = kinds.align(uploads, method)
         factors = uploads.reference
-        tensors = result(uploads, factors)
+        tensors = result(uploads, factors, method)
         return Merged(config, tensors, factors, uploads, method, distances=distances)
     factors = method.aggregate(uploads.clients, uploads.like, uploads.weights)
-    tensors = result(uploads, factors)
+    tensors = result(uploads, factors, method)
     return Merged(config, tensors, factors, uploads, method)
 
 

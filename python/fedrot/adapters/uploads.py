@@ -14,6 +14,7 @@ from fedrot.adapters.adapter import Adapter
 from fedrot.adapters.config import MUST_AGREE, Config, base_change, with_ranks
 from fedrot.errors import FedrotError
 from fedrot.factors import Factors
+from fedrot.methods import Method
 
 DORA_NOTE = (
     "DoRA: A and B are aligned like any LoRA; averaging the magnitude vectors is an approximation"
@@ -96,10 +97,10 @@ def gather(
     )
 
 
-def result(uploads: Uploads, factors: Factors) -> dict[str, Tensor]:
-    """The tensors of the result: the factors as they are stored, all else by its weighted mean.
+def result(uploads: Uploads, factors: Factors, method: Method) -> dict[str, Tensor]:
+    """The tensors of the result: the factors as they are stored, all else as the method averages.
 
-    `factors`: what a method made of the uploads. Each tensor has the dtype of the reference's.
+    `factors`: what the method made of the uploads. Each tensor has the dtype of the reference's.
     """
     target = uploads.target
     tensors = dict(target.tensors)
@@ -107,8 +108,7 @@ def result(uploads: Uploads, factors: Factors) -> dict[str, Tensor]:
         A, B = layer.join(factors.A, factors.B)
         tensors[layer.key_A] = _like(A, tensors[layer.key_A])
         tensors[layer.key_B] = _like(B, tensors[layer.key_B])
-    for key in (*target.keys.magnitudes, *target.keys.plain, *target.keys.lora_biases):
-        tensors[key] = _average(key, uploads)
+    tensors.update(_rest(uploads, method))
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise FedrotError(f"the merged {key!r} does not fit into {tensor.dtype}")
@@ -280,17 +280,24 @@ def _normalised(weights: Sequence[float] | None, n: int) -> Tensor:
     return w / w.sum()
 
 
-def _average(key: str, uploads: Uploads) -> Tensor:
-    """Weighted mean in float64; a `lora_B.bias` enters times the scaling of its adapter."""
-    like = uploads.target.tensors[key]
-    mean = torch.zeros(like.shape, dtype=torch.float64)
-    name = uploads.target.keys.lora_biases.get(key)
-    layers = uploads.target.keys.layers
-    for weight, adapter in zip(uploads.weights.tolist(), uploads.adapters, strict=True):
-        if name is not None:
-            weight *= adapter.keys.layers[name].scaling / layers[name].scaling
-        mean += weight * adapter.tensors[key].double()
-    return _like(mean if like.is_floating_point() else mean.round(), like)
+def _rest(uploads: Uploads, method: Method) -> dict[str, Tensor]:
+    """All but the factors; a `lora_B.bias` enters times the scaling of its adapter."""
+    target = uploads.target
+    keys = (*target.keys.magnitudes, *target.keys.plain, *target.keys.lora_biases)
+    like = {key: target.tensors[key] for key in keys}
+
+    def own(adapter: Adapter) -> dict[str, Tensor]:
+        tensors = {key: adapter.tensors[key] for key in keys}
+        for key, name in target.keys.lora_biases.items():
+            scaling = adapter.keys.layers[name].scaling / target.keys.layers[name].scaling
+            tensors[key] = scaling * tensors[key].double()
+        return tensors
+
+    found = method.average_rest([own(a) for a in uploads.adapters], like, uploads.weights)
+    return {
+        key: _like(found[key] if t.is_floating_point() else found[key].round(), t)
+        for key, t in like.items()
+    }
 
 
 def _like(value: Tensor, tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Everything that lasts from one round to the next is in :class:`Server`; a method
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -113,6 +113,28 @@ class Method(ABC):
             round: number of the round, from 0.
             generator: for methods that draw; ``None`` gives one that depends on ``round`` alone.
         """
+
+    def average_rest(
+        self,
+        rest: Sequence[Mapping[str, Tensor]],
+        like: Mapping[str, Tensor],
+        weights: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What becomes of parameters beside the factors, as a trained head or biases: by name, in
+        float64. Here their weighted mean.
+
+        Args:
+            rest: per client the tensors of the names of ``like``.
+            like: what the clients started from.
+            weights: as for :meth:`aggregate`.
+        """
+        w = normalised(weights, len(rest)).tolist()
+        means = {}
+        for name, t in like.items():
+            means[name] = torch.zeros(t.shape, dtype=torch.float64)
+            for weight, own in zip(w, rest, strict=True):
+                means[name] += weight * own[name].double()
+        return means
 
     def fold(
         self, uploads: Sequence[Factors], aggregate: Factors, weights: Tensor | None = None

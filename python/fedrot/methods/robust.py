@@ -7,17 +7,25 @@ of them. For LoRA factors it does so only after the rotation: two honest clients
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from fedrot.factors import Factors
-from fedrot.methods.base import Method, arguments, average, checked_weights, wide
+from fedrot.methods.base import (
+    Method,
+    arguments,
+    average,
+    checked_weights,
+    normalised,
+    wide,
+)
 from fedrot_kernels import ALIGN_MODES, rspace
 
+T = TypeVar("T")
 WITHSTANDS = ("trimmed", "krum", "multi-krum")  # a number of bad clients
 RULES = ("median", *WITHSTANDS, "clip")
 
@@ -38,6 +46,10 @@ class Robust(Method):
 
     ``"multi-krum"`` and ``"clip"`` average with the clients' weights. The others give every client
     one vote, since a weight is as easily forged as an update; one of weight 0 has none.
+
+    What lies beside the factors (a trained head, biases) is combined by the same rule, as one more
+    vector that needs no rotation: Krum may take it from another client, and it is clipped to a
+    length of its own.
 
     ``lam``, ``align``, ``proper``: as for FedRot-LoRA. ``lam`` is 1: what a soft rotation leaves of
     the bases' difference would count as disagreement, and so would a reflection, so ``proper`` is
@@ -98,21 +110,60 @@ class Robust(Method):
     ) -> Factors:
         values = checked_weights(uploads, reference, weights)  # checks the layers, too
         device = next(iter(reference.A.values())).device
-        w = torch.tensor(values, dtype=torch.float64, device=device)
-        voters = [i for i, weight in enumerate(w.tolist()) if weight > 0]
-        uploads, w = [uploads[i] for i in voters], w[voters]
-        f, clients = self.withstands, len(uploads)
-        self.check_clients(clients)
-        if self.rule == "krum":
-            return self._mean([uploads[i] for i in krum(uploads, reference, f)[:1]], reference)
-        if self.rule == "multi-krum":
-            best = sorted(krum(uploads, reference, f)[: clients - f])
+        uploads, w = self._voters(uploads, torch.tensor(values, dtype=torch.float64))
+        w = w.to(device)
+        if self.rule in ("krum", "multi-krum"):
+            best = self._best(product_distances(uploads, reference))
             return self._mean([uploads[i] for i in best], reference, w[best])
         if self.rule == "clip":
             return self._clipped(uploads, reference, w)
-        cut = (clients - 1) // 2 if self.rule == "median" else f
-        rotations = self._rotations(uploads, reference)
+        cut, rotations = self._cut(len(uploads)), self._rotations(uploads, reference)
         return self._each(uploads, reference, rotations, lambda t, like: trimmed_mean(t, cut))
+
+    def average_rest(
+        self,
+        rest: Sequence[Mapping[str, Tensor]],
+        like: Mapping[str, Tensor],
+        weights: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        if not like:
+            return {}
+        rest, w = self._voters(rest, normalised(weights, len(rest)).cpu())
+        if self.rule in ("krum", "multi-krum"):
+            best = self._best(distances(rest, like))
+            return super().average_rest([rest[i] for i in best], like, w[best])
+        if self.rule == "clip":
+            start = {name: t.double() for name, t in like.items()}
+            changes = [{name: own[name].double() - t for name, t in start.items()} for own in rest]
+            squares = [[t.square().sum() for t in change.values()] for change in changes]
+            lengths = torch.tensor(squares, dtype=torch.float64).view(len(rest), -1).sum(1).sqrt()
+            share = self._shares(lengths, w).tolist()
+            for part, change in zip(share, changes, strict=True):
+                start = {name: t + part * change[name] for name, t in start.items()}
+            return start
+        cut = self._cut(len(rest))
+        return {
+            name: trimmed_mean(torch.stack([own[name].double() for own in rest]), cut)
+            for name in like
+        }
+
+    def _voters(self, clients: Sequence[T], weights: Tensor) -> tuple[list[T], Tensor]:
+        """Those of a weight above 0, and their weights."""
+        voters = [i for i, weight in enumerate(weights.tolist()) if weight > 0]
+        self.check_clients(len(voters))
+        return [clients[i] for i in voters], weights[voters]
+
+    def _best(self, squares: Tensor) -> list[int]:
+        order = krum(squares, self.withstands)
+        return order[:1] if self.rule == "krum" else sorted(order[: len(order) - self.withstands])
+
+    def _cut(self, clients: int) -> int:
+        return (clients - 1) // 2 if self.rule == "median" else self.withstands
+
+    def _shares(self, lengths: Tensor, w: Tensor) -> Tensor:
+        """What remains of every client's change, times its weight."""
+        bound = self.bound or trimmed_mean(lengths, (len(lengths) - 1) // 2)
+        return w.to(lengths) * (bound / lengths).clamp(max=1).nan_to_num(1)  # a length may be 0
 
     def _mean(
         self, uploads: Sequence[Factors], reference: Factors, weights: Tensor | None = None
@@ -130,9 +181,7 @@ class Robust(Method):
             return like
 
         self._each(uploads, reference, rotations, measure)
-        lengths = torch.stack(squares).sum(0).sqrt()
-        bound = self.bound or trimmed_mean(lengths, (len(uploads) - 1) // 2)
-        share = w.to(lengths) * (bound / lengths).clamp(max=1).nan_to_num(1)  # a length may be 0
+        share = self._shares(torch.stack(squares).sum(0).sqrt(), w)
 
         def clip(t: Tensor, like: Tensor) -> Tensor:
             change = (share.to(t)[:, None, None] * (t - wide(like))).sum(0)
@@ -170,15 +219,24 @@ def trimmed_mean(values: Tensor, cut: int) -> Tensor:
     return values.sort(0).values[cut : len(values) - cut].mean(0)
 
 
-def krum(uploads: Sequence[Factors], reference: Factors, attackers: int) -> list[int]:
-    """The clients from the best to the worst: by the sum of squared distances of their products
-    to the ``N - attackers - 2`` nearest others, of which there must be one. Ties go to the lower
+def krum(squares: Tensor, attackers: int) -> list[int]:
+    """The clients from the best to the worst: by the sum of their squared distances ``(N, N)`` to
+    the ``N - attackers - 2`` nearest others, of which there must be one. Ties go to the lower
     number."""
-    nearest = len(uploads) - attackers - 2
-    distances = product_distances(uploads, reference)
-    distances.fill_diagonal_(float("inf"))
-    scores = distances.sort(1).values[:, :nearest].sum(1)
+    nearest = len(squares) - attackers - 2
+    others = squares.clone().fill_diagonal_(float("inf"))
+    scores = others.sort(1).values[:, :nearest].sum(1)
     return scores.argsort(stable=True).tolist()
+
+
+def distances(rest: Sequence[Mapping[str, Tensor]], names: Iterable[str]) -> Tensor:
+    """Squared distances of all tensors together, ``(N, N)``, float64."""
+    squares = torch.zeros(len(rest), len(rest), dtype=torch.float64)
+    for name in names:
+        flat = torch.stack([own[name].double().flatten().cpu() for own in rest])
+        for i, one in enumerate(flat):
+            squares[i] += (flat - one).square().sum(1)
+    return squares
 
 
 def product_distances(uploads: Sequence[Factors], reference: Factors) -> Tensor:
@@ -196,5 +254,6 @@ def product_distances(uploads: Sequence[Factors], reference: Factors) -> Tensor:
         size = clients * rank  # what follows is the reference
         products = (gram_A.double() * gram_B.double())[:, :size, :size].sum(0)
         inner += products.view(clients, rank, clients, rank).sum((1, 3)).cpu()
+    inner = (inner + inner.T) / 2  # a tie must not be decided by rounding
     norms = inner.diagonal()
     return (norms[:, None] + norms - 2 * inner).clamp_min(0)

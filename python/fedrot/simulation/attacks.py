@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fedrot.errors import FedrotError
 from fedrot.factors import Factors
+from fedrot.server import Upload
 from fedrot.tasks import TaskData
 
 if TYPE_CHECKING:
     from fedrot.config import Clients
+    from fedrot.simulation.participants import Start
 
 
 def poisoned(
@@ -40,16 +42,15 @@ def poisoned(
     return replace(data, train=train), moved
 
 
-def spoiled(
-    client: int, trained: Factors, start: Factors, clients: Clients, generator: torch.Generator
-) -> Factors:
+def spoiled(upload: Upload, start: Start, clients: Clients, generator: torch.Generator) -> Upload:
     """What a client hands in instead of what it trained; the same from an honest one.
 
     With ``s = clients.attack_strength``: ``sign-flip`` goes ``s`` times as far from the start in
     the opposite direction, ``noise`` adds normal numbers ``s`` times as large as the change.
     """
-    if client < clients.count - clients.attackers or clients.attack == "labels":
-        return trained
+    honest = upload.client < clients.count - clients.attackers
+    if honest or clients.attack == "labels":
+        return upload
     strength = clients.attack_strength
 
     def attack(new: Tensor, old: Tensor) -> Tensor:
@@ -60,7 +61,10 @@ def spoiled(
         noise = torch.randn(change.shape, generator=generator)
         return new + (size.cpu() * noise).to(new)
 
-    return Factors(
-        {module: attack(A, start.A[module]) for module, A in trained.A.items()},
-        {module: attack(B, start.B[module]) for module, B in trained.B.items()},
+    A, B = upload.factors.A, upload.factors.B
+    factors = Factors(
+        {module: attack(t, start.factors.A[module]) for module, t in A.items()},
+        {module: attack(t, start.factors.B[module]) for module, t in B.items()},
     )
+    head = {name: attack(t, start.head[name]) for name, t in upload.head.items()}
+    return Upload(upload.client, factors, head)

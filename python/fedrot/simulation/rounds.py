@@ -289,14 +289,19 @@ def train_round(federation: Federation, server: Server, track: Track = no_progre
         track=track,
     )
     _check_converging(clients, done.losses, round, config.local.lr)
-    trained = [
-        attacks.spoiled(i, new, old.factors, config.clients, generator(seed, "attack", round, i))
-        for i, new, old in zip(clients, done.factors, starts, strict=True)
+    trained = [Upload(*upload) for upload in zip(clients, done.factors, done.heads, strict=True)]
+    uploads = [
+        attacks.spoiled(u, old, config.clients, generator(seed, "attack", round, u.client))
+        for u, old in zip(trained, starts, strict=True)
     ]
+    if config.local.personal_head:  # which nobody hands in
+        uploads = [replace(u, head=own.head) for u, own in zip(uploads, trained, strict=True)]
     if config.regauge:
         gauges = [generator(seed, "gauge", round, i) for i in clients]
-        trained = [regauge(f, gauge) for f, gauge in zip(trained, gauges, strict=True)]
-    uploads = [Upload(*upload) for upload in zip(clients, trained, done.heads, strict=True)]
+        uploads = [
+            replace(u, factors=regauge(u.factors, gauge))
+            for u, gauge in zip(uploads, gauges, strict=True)
+        ]
     loss, seconds = float(done.losses.mean()), time.perf_counter() - began
     return _uploads(federation, uploads, method.reference(server), loss, seconds)
 
