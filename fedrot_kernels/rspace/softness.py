@@ -24,18 +24,21 @@ def soften(R: Tensor, lam: float | Tensor, *, proper: bool = True) -> Tensor:
 def auto_lam(blocks: Blocks, R: Tensor, *, proper: bool = True) -> Tensor:
     """``lam`` ``(L,)`` in [0, 1], to about 0.01, that minimises the aggregation error of
     ``soften(R, lam)`` in each layer: the best of six, and of its neighbours at half the distance,
-    four times. 0 and 1 are among them, so neither is better."""
+    four times. 0 and 1 are among them, so neither is better. Errors are compared in float64: near
+    clients differ little beside what they have in common."""
+    wide = blocks.double()
     grid = torch.linspace(0, 1, 6, dtype=R.dtype, device=R.device)
-    best = _best_lam(blocks, R, grid.expand(len(R), -1), proper)
+    best = _best_lam(wide, R, grid.expand(len(R), -1), proper)
     for halving in range(1, 5):
         around = torch.tensor([0.0, -0.2, 0.2], dtype=R.dtype, device=R.device) / 2**halving
-        best = _best_lam(blocks, R, (best[:, None] + around).clamp(0, 1), proper)
+        best = _best_lam(wide, R, (best[:, None] + around).clamp(0, 1), proper)
     return best
 
 
 def _best_lam(blocks: Blocks, R: Tensor, grid: Tensor, proper: bool) -> Tensor:
     """Of ``grid`` ``(L, C)`` the one of least error in each layer, the first of equals."""
-    candidates = turned(R[:, None], grid[:, :, None], proper=proper)
+    # Rounded as the result will be: at lam = 1/2 a polar factor may hang on that.
+    candidates = turned(R[:, None], grid[:, :, None], proper=proper).double()
     layers, clients, r = blocks.shape
     # Candidates side by side: two products for all of them.
     U = (

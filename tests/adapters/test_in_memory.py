@@ -17,7 +17,7 @@ from peft import (
 
 import fedrot
 from fedrot.errors import FedrotError
-from fedrot.methods import FedExLoRA, FedRot, FlexLoRA
+from fedrot.methods import FedExLoRA, FedRot, FlexLoRA, Robust
 
 ALL = ["emb", "conv", "lin1", "lin2"]
 KEY_A, KEY_B = (f"base_model.model.lin1.lora_{side}.weight" for side in "AB")
@@ -124,6 +124,25 @@ def test_several_adapters_of_one_model_become_a_new_one(tools):
         merged.add_to(model, "merged")
 
 
+@pytest.mark.parametrize("name", ["client", "lin1", "lora_A", "m"])
+def test_a_name_that_begins_another_one_or_is_a_part_of_the_model(tools, name):
+    model = tools.adapted(1, target_modules=ALL)
+    for other in ("client-a", "client-b"):
+        model.add_adapter(other, LoraConfig(r=4, lora_alpha=8, target_modules=ALL))
+    tools.randomised(model, 2)
+    merged = fedrot.aggregate([(model, "client-a"), (model, "client-b")])
+    merged.add_to(model, name)
+    again = fedrot.aggregate([(model, name)], method=FedRot(0.0))
+    assert equal(again.tensors, merged.tensors)
+
+
+def test_a_layer_that_the_model_has_not_is_named(tools):
+    merged = fedrot.aggregate([tools.adapted(1, target_modules=ALL)])
+    merged.tensors.pop(KEY_A)
+    with pytest.raises(FedrotError, match=r"has not the layers of the adapter: .*lin1\.lora_A"):
+        merged.add_to(tools.adapted(2), "merged")
+
+
 def test_the_active_adapter_is_meant_where_none_is_named(tools):
     model = tools.adapted(1)
     model.add_adapter("b", LoraConfig(r=4, lora_alpha=8, target_modules=["lin1", "lin2"]))
@@ -167,6 +186,14 @@ def test_another_method(tools):
     result = merged[KEY_B].double() @ merged[KEY_A].double()
     torch.testing.assert_close(result, best, rtol=0, atol=1e-5)
     assert (exact - best).norm() > 0.1
+    # Clients of any rank; the result has that of the reference.
+    clients = [tools.adapted(seed, r=r, lora_alpha=r) for seed, r in enumerate((2, 4, 6))]
+    merged = fedrot.aggregate(clients, method=FlexLoRA()).tensors
+    states = [{k: v.double() for k, v in pair(model)[0].items()} for model in clients]
+    U, S, Vh = torch.linalg.svd(sum(s[KEY_B] @ s[KEY_A] for s in states) / 3)
+    result = merged[KEY_B].double() @ merged[KEY_A].double()
+    assert merged[KEY_A].shape[0] == 2
+    torch.testing.assert_close(result, U[:, :2] * S[:2] @ Vh[:2], rtol=0, atol=1e-5)
     with pytest.raises(FedrotError, match="method: FedEx-LoRA needs more than the adapters"):
         fedrot.aggregate(models, method=FedExLoRA())
 
@@ -186,6 +213,34 @@ def test_misalignment_and_origin(tools, tmp_path):
         merged.save(tmp_path / "m")
     with pytest.raises(FedrotError, match="would replace the input"):
         merged.save(folder, force=True)
+
+
+def test_the_error_is_that_of_what_is_stored(tools):
+    """At full rank nothing is lost but by rounding to bfloat16."""
+    models = [tools.adapted(seed, torch.bfloat16) for seed in range(2)]
+    merged = fedrot.aggregate(models, rank="auto", energy=1.0)
+    square = 0.0
+    states = [{k: v.double() for k, v in pair(model)[0].items()} for model in models]
+    for key_A in (key for key in merged.tensors if "lora_A" in key):
+        key_B = key_A.replace("lora_A", "lora_B")
+        exact = sum(s[key_B] @ s[key_A] for s in states) / 2
+        stored = merged.tensors[key_B].double() @ merged.tensors[key_A].double()
+        square += float((2 * (exact - stored)).square().sum())  # alpha 8, rank 4
+    found = merged.misalignment.summary()["error_aligned"]
+    assert found == pytest.approx(square**0.5, rel=1e-3) and found > 1e-3
+
+
+def test_angles_are_of_the_rotations_that_a_robust_rule_fits(tools):
+    models = [tools.adapted(seed) for seed in range(3)]
+    angles = {}
+    for align in ("joint", "A", "B"):
+        robust, plain = (
+            fedrot.aggregate(models, method=method).misalignment.angles
+            for method in (Robust(align=align), FedRot(1.0, align, proper=False))
+        )
+        assert torch.equal(robust, plain)
+        angles[align] = float(robust.mean())
+    assert len(set(angles.values())) == 3
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -130,6 +130,34 @@ def test_results_are_rotations_in_the_basis_of_the_reference(problem, align, pro
         torch.testing.assert_close(trace, best, atol=1e-9 * float(best.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("noise", [3e-2, 1e-2, 3e-3])
+@pytest.mark.parametrize("lam", rspace.AUTO)
+def test_auto_lam_of_near_clients_in_float32(lam, noise):
+    """As after a round: what clients differ in is small beside what they have in common, and so the
+    errors that are compared are small beside the average."""
+    g = torch.Generator().manual_seed(3)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+
+    ref_A, ref_B = randn(8, 256), randn(256, 8)
+    turns = [torch.linalg.qr(torch.eye(8) + noise * randn(8, 8)).Q for _ in range(10)]
+    turns = [Q * Q.diagonal().sign() for Q in turns]
+    inputs = Inputs(
+        [Q.T @ (ref_A + noise * randn(8, 256)) for Q in turns],
+        [(ref_B + noise * randn(256, 8)) @ Q for Q in turns],
+        [ref_A],
+        [ref_B],
+    )
+    D = exact(inputs.map(torch.Tensor.double), 0, uniform(10))
+
+    def error(lam):
+        (A,), (B,) = rspace.aggregate(*inputs, lam=lam)
+        return float((D - B.double() @ A.double()).norm())
+
+    assert error(lam) <= 1.01 * min(error(0.0), error(1.0))
+
+
 @given(problems(), st.sampled_from(rspace.ALIGN), st.booleans())
 def test_auto_lam_is_the_best_of_a_scan(problem, align, proper):
     inputs, weights = problem

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedrot.adapters.uploads import Uploads, delta
 from fedrot.factors import Factors
-from fedrot.methods import FedIT, FedRot, Method
+from fedrot.methods import FedIT, FedRot, Method, Robust
 from fedrot.metrics import aggregation_error, rotation_angles, total
 from fedrot_kernels import ALIGN_MODES
 
@@ -49,7 +49,7 @@ def measure(uploads: Uploads, method: Method, aligned: Factors | None = None) ->
         aligned = method.aggregate(uploads.clients, uploads.reference, uploads.weights)
     plain = FedIT().aggregate(uploads.clients, uploads.reference, uploads.weights)
     scaled = [delta(client, uploads.scalings) for client in uploads.clients]
-    rotation = method if isinstance(method, FedRot) else FedRot()
+    rotation = method if isinstance(method, FedRot | Robust) else FedRot()
     align = rotation.align if rotation.align in ALIGN_MODES else "joint"
     angles = rotation_angles(uploads.clients, uploads.reference, align, rotation.proper)
     pairs = [len(layer.pairs) for layer in uploads.target.keys.layers.values()]

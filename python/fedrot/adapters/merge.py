@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from fedrot.adapters.kinds.prompts import KEY as PROMPT
 from fedrot.adapters.measure import Misalignment, measure
 from fedrot.adapters.sources import check_distinct, read
 from fedrot.adapters.spectrum import Spectrum, measure_spectrum
-from fedrot.adapters.uploads import Uploads, gather, result
+from fedrot.adapters.uploads import Uploads, gather, result, stored
 from fedrot.errors import FedrotError
 from fedrot.factors import Factors
 from fedrot.methods import FedRot, FlexLoRA, Method
@@ -67,10 +68,11 @@ class Merged:
 
     @cached_property
     def misalignment(self) -> Misalignment:
-        """Rotations and aggregation errors of LoRA, measured when first asked for."""
+        """Rotations and aggregation errors of LoRA, those of `tensors` as they are stored, measured
+        when first asked for."""
         if kind := self.uploads.target.kind:
             raise FedrotError(f"{kind.title} has no products B A to measure; see distances")
-        return measure(self.uploads, self.method, self.factors)
+        return measure(self.uploads, self.method, stored(self.uploads, self.tensors))
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write a folder that `PeftModel.from_pretrained` loads, and where it came from.
@@ -120,7 +122,7 @@ class Merged:
         """Whether a model's key is of the adapter `name`, and not of what it wraps."""
         kind = self.uploads.target.kind
         if kind is None:
-            return f".{name}" in key and "lora_" in key
+            return bool(re.search(rf"\.lora_\w+\.{re.escape(name)}(\.|$)", key))
         return key.endswith(f".{name}") and bool(kind.keys.fullmatch(key.removesuffix(f".{name}")))
 
     def _check_is_adapter(self) -> None:
@@ -231,8 +233,8 @@ def aggregate(
         spectrum = measure_spectrum(gather(found, target, weights, {}), energy)
         merged = merge(gather(found, target, weights, spectrum.ranks), method)
         return replace(merged, spectrum=spectrum)
-    if method.truncates and rank is not None:
-        ranks = dict.fromkeys(target.keys.layers, rank)
+    if method.truncates and target.kind is None:  # clients of any rank
+        ranks = {} if rank is None else dict.fromkeys(target.keys.layers, rank)
         return merge(gather(found, target, weights, ranks), method)
     return merge(gather(found, target, weights, rank), method)
 

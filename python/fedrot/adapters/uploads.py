@@ -80,8 +80,9 @@ def gather(
     target = padded = _resized(reference, _ranks(reference, rank))
     if isinstance(rank, Mapping):
         padded = _resized(reference, _largest_ranks([*adapters, reference]))
+    largest = max(_largest_ranks(adapters).values(), default=0)
     for adapter in adapters:
-        _check_shapes(adapter, padded)
+        _check_shapes(adapter, padded, largest)
         _check_base_change(adapter, target)
         if reference.kind is not None:
             reference.kind.check_fit(adapter, reference)
@@ -113,6 +114,12 @@ def result(uploads: Uploads, factors: Factors, method: Method) -> dict[str, Tens
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise FedrotError(f"the merged {key!r} does not fit into {tensor.dtype}")
     return tensors
+
+
+def stored(uploads: Uploads, tensors: dict[str, Tensor]) -> Factors:
+    """The factors as a result holds them, rounded to its dtypes."""
+    target, (A, *_) = uploads.target, uploads.reference.A.values()
+    return _factors(dataclasses.replace(target, tensors=tensors), target, A.dtype)
 
 
 def delta(factors: Factors, scalings: Mapping[str, float]) -> Factors:
@@ -197,14 +204,13 @@ def _check_same_keys(adapter: Adapter, reference: Adapter) -> None:
             )
 
 
-def _check_shapes(adapter: Adapter, target: Adapter) -> None:
+def _check_shapes(adapter: Adapter, target: Adapter, largest: int) -> None:
     for name, layer in adapter.keys.layers.items():
         wanted = target.keys.layers[name]
         if layer.rank > wanted.rank:
-            needed = max(own.rank for own in adapter.keys.layers.values())
             raise FedrotError(
                 f"{adapter.source}: layer {name!r} has rank {layer.rank}, the reference only "
-                f"{wanted.rank}; --rank {needed} pads the reference first"
+                f"{wanted.rank}; --rank {largest} pads the reference first"
             )
         if layer.experts != wanted.experts:
             raise FedrotError(
