@@ -173,15 +173,20 @@ def test_compare(tmp_path, monkeypatch):
     assert again.exit_code == 1 and "holds a finished run" in again.stderr
 
 
-def test_the_line_that_compare_prints_gives_the_same_adapter(tmp_path):
+@pytest.mark.parametrize(
+    "method",
+    ["fedrot", "robust:rule=trimmed:attackers=1:align=A:proper=true", "flexlora:gauge=reference"],
+)
+def test_the_line_that_compare_prints_gives_the_same_adapter(tmp_path, method):
     from safetensors.torch import load_file
 
     out = tmp_path / "c"
-    result = run("compare", "--settings", "one-shot", "--seeds", "1", "--output", out, *TINY)
+    args = ["compare", "--methods", f"fedit,{method}", "--settings", "one-shot", "--seeds", "1"]
+    result = run(*args, "--output", out, *TINY)
     assert result.exit_code == 0, result.output
     words = result.stdout.splitlines()[-1].split()
     assert words[:3] == ["next", "fedrot", "aggregate"]
-    folder = out / "one-shot" / "fedrot" / "seed-0"
+    (folder,) = (out / "one-shot").glob(f"{method.partition(':')[0]}*/seed-0")
     assert words[3] == f"{folder}/clients/client-*"
     merged = run("aggregate", *RunDir(folder).clients(), *words[4:])
     assert merged.exit_code == 0, merged.output

@@ -116,14 +116,24 @@ def merge_command(result: Comparison, program: str = "fedrot") -> str | None:
 
 def _aggregate_options(method: Tree) -> str | None:
     """The options of ``fedrot aggregate`` that do what a method does in a single merge."""
-    if method["name"] == "fedit":
+    name = method["name"]
+    if name == "fedit":
         return "--lam 0.0"
-    if method["name"] != "fedrot" or method["rotation"] != "procrustes":
+    if name == "flexlora" and method["gauge"] == "reference" and method["energy"] is None:
+        return "--rule exact"
+    if name == "robust" and not method["bound"]:
+        count = method["attackers"]
+        rule = f" --rule {method['rule']}{'' if count is None else f' --attackers {count}'}"
+    elif name == "fedrot" and method["rotation"] == "procrustes":
+        if method["align"] == "alternate":  # its first round is plain
+            return "--lam 0.0"
+        rule = ""
+    else:
         return None
-    if method["align"] == "alternate":  # its first round is plain
-        return "--lam 0.0"
     align = "" if method["align"] == "joint" else f" --align {method['align']}"
-    return f"--lam {method['lam']}{align}{'' if method['proper'] else ' --improper'}"
+    proper = f" --{'proper' if method['proper'] else 'improper'}"
+    default = method["proper"] is (name == "fedrot")
+    return f"--lam {method['lam']}{rule}{align}{'' if default else proper}"
 
 
 def _check(variants: Sequence[Variant], settings: Sequence[str], options: Tree) -> None:

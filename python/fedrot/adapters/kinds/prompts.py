@@ -63,7 +63,8 @@ class PrefixTuning(Kind):
 
     PEFT stores ``(n, 2 L H h)``: of each token, for each layer the keys of all heads, then the
     values. Attention sums over the tokens, ``softmax(q K^T) V``, and PEFT gives the keys no
-    position, so in every layer and head the tokens may stand in any order.
+    position, so in every layer and head the tokens may stand in any order; not so where the model
+    adds something for the places of keys to ``q K^T``, as T5 does.
     """
 
     peft_type = "PREFIX_TUNING"
@@ -109,8 +110,8 @@ class PrefixTuning(Kind):
         moved = (order != torch.arange(order.shape[-1])).any(-1)
         note = (
             f"virtual tokens were put in another order in {int(moved.sum())} of {moved.numel()} "
-            "heads: the same function, unless attention looks at the places of keys (ALiBi, "
-            "sliding windows); --lam 0 leaves them in place"
+            "heads: the same function, unless attention looks at the places of keys (T5's "
+            "relative positions, ALiBi, sliding windows); --lam 0 leaves them in place"
         )
         return {KEY: out.permute(2, 0, 3, 1, 4).flatten(1)}, note if moved.any() else ""
 
