@@ -6,16 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from small import equal, small
 from test_participants import rounds_of, starts
 
+from fedrot.config import Lora
 from fedrot.errors import FedrotError
 from fedrot.factors import Factors
 from fedrot.methods import FedIT, Server
 from fedrot.optimizers import ServerOptimizer
 from fedrot.server import Upload, serve
-from fedrot.simulation.adapter import set_factors
+from fedrot.simulation.adapter import adapt, get_head, set_factors
 from fedrot.simulation.participants import participants
 from fedrot.simulation.rounds import federate, prepare
 from fedrot.simulation.run_dir import RunDir
@@ -132,6 +134,36 @@ def test_poisoned_labels_do_not_change_the_local_tests():
     assert not torch.equal(plain.data.train["labels"], poisoned.data.train["labels"])
     for rows, same in zip(plain.local_tests, poisoned.local_tests, strict=True):
         assert torch.equal(rows, same)
+
+
+def test_attackers_own_models_do_not_count(tmp_path):
+    attack = ("clients.attackers=1", "clients.attack=labels", "clients.local_test=true")
+    federation = prepare(small("fedit", *PERSONAL, *attack, "rounds=1"))
+    server = rounds_of(federation, 1, tmp_path)[-1]
+    found, tests = federation.evaluate(server), federation.local_tests
+    for key, rows in (("loss", [None] * 4), ("loss_local", tests)):
+        losses = [
+            federation.score(server.factors, server.heads[i], rows[i])["loss"] for i in range(4)
+        ]
+        assert found[key] == pytest.approx(sum(losses[:3]) / 3)
+        assert found[key] != pytest.approx(sum(losses) / 4, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("Llama", {"tie_word_embeddings": True}, "has no parameters of its own"),
+        ("Roberta", {}, "lm_head.bias of this model's head belongs to RobertaLMHead"),
+    ],
+)
+def test_heads_that_cannot_be_trained_are_refused(model, options, message):
+    size = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 11}
+    config = getattr(transformers, f"{model}Config")(**size, intermediate_size=8, **options)
+    kind = {"Llama": "LlamaForCausalLM", "Roberta": "RobertaForMaskedLM"}[model]
+    base = getattr(transformers, kind)(config)
+    targets = ["q_proj"] if model == "Llama" else ["query"]
+    with pytest.raises(FedrotError, match=message):
+        get_head(adapt(base, Lora(), targets))
 
 
 def test_refused():

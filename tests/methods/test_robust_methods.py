@@ -215,6 +215,7 @@ def test_what_is_refused():
     for options, message in [
         ({"rule": "mean"}, "rule must be median, trimmed"),
         ({"attackers": -1}, "attackers must not be negative, got -1"),
+        ({"rule": "trimmed", "attackers": 0.5}, "attackers must be a whole number, got 0.5"),
         ({"attackers": 2}, "attackers=2 is for trimmed, krum, multi-krum; median has no number"),
         ({"bound": 2.0}, "bound=2.0 is for rule=clip, got rule=median"),
         ({"bound": float("inf")}, "bound must be finite"),

@@ -69,6 +69,8 @@ class Robust(Method):
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"rule must be {', '.join(RULES)}, got {self.rule!r}")
+        if self.attackers is not None and not isinstance(self.attackers, int):
+            raise ValueError(f"attackers must be a whole number, got {self.attackers!r}")
         if self.attackers is not None and self.attackers < 0:
             raise ValueError(f"attackers must not be negative, got {self.attackers}")
         if self.attackers is not None and self.rule not in WITHSTANDS:

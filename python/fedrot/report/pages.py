@@ -231,7 +231,9 @@ def _run_pictures(config: Config, summary: Mapping[str, Any], rows: Sequence[Row
     pictures: Pictures = {
         "accuracy.png": (
             partial(plots.accuracy_over_rounds, rows, start, title),
-            "Test accuracy of the global model.",
+            "Test accuracy, mean over the clients' own models."
+            if "accuracy_averaged" in last
+            else "Test accuracy of the global model.",
         ),
         "alignment.png": (
             partial(plots.alignment_over_rounds, rows, method, title),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedrot.config import Lora
+from fedrot.errors import FedrotError
 from fedrot.factors import Factors, padded
 from fedrot.files import new_folder
 
@@ -80,7 +81,12 @@ def get_factors(model: PeftModel) -> Factors:
 
 def get_head(model: PeftModel) -> dict[str, Tensor]:
     """A copy of the base model's parameters outside its backbone (transformers'
-    ``base_model_prefix``), by name: ``classifier.weight`` and the like; float32, on the CPU."""
+    ``base_model_prefix``), by name: ``classifier.weight`` and the like; float32, on the CPU.
+
+    Raises:
+        FedrotError: there is none that is not the backbone's too, or one of another layer than a
+            linear one.
+    """
     base = model.get_base_model()
     backbone = f"{base.base_model_prefix}."
     names = {id(p): name for name, p in base.named_parameters() if not name.startswith(backbone)}
@@ -89,10 +95,22 @@ def get_head(model: PeftModel) -> dict[str, Tensor]:
         for name, p in base.named_parameters(remove_duplicate=False)
         if name.startswith(backbone)
     }
+    own = [name for key, name in names.items() if key not in shared]
+    if not own:
+        raise FedrotError(
+            "local.head=true: this model's head has no parameters of its own (its output layer is "
+            "tied to the embeddings); it must be false"
+        )
+    for name in own:
+        layer, _, _ = name.rpartition(".")
+        module = base.get_submodule(layer)
+        if not isinstance(module, nn.Linear) or f"{layer}.weight" not in own:
+            raise FedrotError(
+                f"local.head=true: {name} of this model's head belongs to {type(module).__name__}, "
+                "and only linear layers with weights of their own can be trained"
+            )
     return {
-        name: base.get_parameter(name).detach().to("cpu", torch.float32, copy=True)
-        for key, name in names.items()
-        if key not in shared  # as an output layer tied to the embeddings
+        name: base.get_parameter(name).detach().to("cpu", torch.float32, copy=True) for name in own
     }
 
 

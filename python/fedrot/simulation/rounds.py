@@ -78,9 +78,10 @@ class Federation:
     def evaluate(self, server: Server) -> dict[str, float]:
         """Of the global model; where clients keep their B or head, the mean over the clients'
         models, and that of the averaged B or head as ``..._averaged``. Of the clients' models on
-        their local tests, the mean as ``..._local``."""
+        their local tests, the mean as ``..._local``. Attackers' own models do not count."""
         self.frozen.set(server.merged)
-        scores, clients = self.score(server.factors, server.head), range(self.config.clients.count)
+        scores = self.score(server.factors, server.head)
+        clients = range(self.config.clients.count - self.config.clients.attackers)
         if server.personal or server.heads:
             averaged = {f"{key}_averaged": value for key, value in scores.items()}
             scores = {**_means([self.score(*self.own(server, i)) for i in clients]), **averaged}
