@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from fedrot.report.results import paired
 from fedrot.report.sweep_pages import failures, tables
 from fedrot.simulation.run_dir import RunDir
 from fedrot.sweep.analysis import Results
-from fedrot.sweep.experiment import TUNE_SEED, read_experiment
+from fedrot.sweep.experiment import TUNE_SEED, file_names, read_experiment
 from fedrot.sweep.runner import run_experiment
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -96,6 +97,51 @@ def test_a_cell_may_be_several_options(tmp_path):
     assert [(c.local.optimizer, c.local.lr) for c in configs] == [("adam", 0.01), ("sgd", 0.2)]
 
 
+def cells(folder, **vary):
+    experiment = read_experiment(write(folder, vary=vary, tune={}))
+    return [(cell.label, cell.folder) for cell in experiment.cells]
+
+
+def test_the_options_of_a_value_are_named_where_their_values_do_not_tell(tmp_path):
+    assert cells(tmp_path, x=[{"local.lr": 0.1}, {"local.prox": 0.1}, {}]) == [
+        ("x lr 0.1", "x-lr-0.1"),
+        ("x prox 0.1", "x-prox-0.1"),
+        ("x default", "x-default"),
+    ]
+    nested = [{"clients": {"alpha": 4}}, {"lora": {"alpha": 4}}]
+    assert [label for label, _ in cells(tmp_path, x=nested)] == [
+        "x clients.alpha 4",
+        "x lora.alpha 4",
+    ]
+    both = {"clients.alpha": [4.0], "lora.alpha": [8], "clients.ranks": [[1, 2]]}
+    label, folder = cells(tmp_path, **both)[0]
+    assert label == "clients.alpha 4.0, lora.alpha 8, ranks [1, 2]"
+    assert folder == "clients.alpha-4.0_lora.alpha-8_ranks-[1,-2]"
+
+
+def test_folders_of_any_text_are_safe_and_differ():
+    texts = ["x 0.1", "m a/b", "m a:b", "m a-c", "m a c", "m A-c", ".m", "m/../m", "/", "é" * 300]
+    names = file_names([*texts, "n" * 300, "n" * 301])
+    assert names[0] == "x-0.1" and names[1].startswith("m-a-b-")
+    assert len({name.lower() for name in names}) == len(names)
+    assert all(re.fullmatch(r"[A-Za-z0-9][\w.-]{,99}", name, re.ASCII) for name in names)
+    assert names == file_names([*texts, "n" * 300, "n" * 301])
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    path = write(
+        tmp_path,
+        vary={"clients.alpha": ["3e-1", 10], "clients.column": ["1e5"]},
+        methods=["fedit", "fedrot"],
+        tune={"local.lr": ["1e-2", 0.3], "method.lam": ["auto", "4e-1"]},
+    )
+    experiment = read_experiment(path)
+    assert experiment.vary["clients.alpha"] == [0.3, 10]
+    assert experiment.vary["clients.column"] == ["1e5"]  # a text to the option as well
+    assert experiment.tune == {"local.lr": [0.01, 0.3], "method.lam": ["auto", 0.4]}
+    assert experiment.cells[0].folder == "alpha-0.3_column-1e5"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -107,6 +153,37 @@ def test_a_cell_may_be_several_options(tmp_path):
         ({"vary": {"clients.alpa": [3]}}, "FedIT, alpa 3: unknown option 'clients.alpa'"),
         ({"tune": {"local.lr": [0.0, 1.0]}}, "local.lr must be above 0"),
         ({"seeds": 0}, "seeds must be a whole number of at least 1"),
+        ({"seeds": "x"}, "seeds must be a whole number of at least 1, got 'x'"),
+        ({"tune_seeds": True}, "tune_seeds must be a whole number of at least 1, got True"),
+        ({"first_seed": "a"}, "first_seed must be a whole number of at least 0, got 'a'"),
+        ({"first_seed": 9999}, "first_seed + seeds must be at most 10000"),
+        ({"title": 3}, "title must be text, got 3"),
+        ({"claim": ["a"]}, "claim must be text, got ['a']"),
+        ({"options": [1, 2]}, "options must be keys and values, as {rounds: 12}, got [1, 2]"),
+        ({"options": {"method": "fedit"}}, "none of the methods has the option 'method'"),
+        ({"options": {"clients": {1: 2}}}, "unknown option 'clients.1'"),
+        ({"methods": "fedit"}, "methods must be a list of methods, as [fedit, fedrot], got 'fedit"),
+        ({"methods": ["fedit", {"fedrot": 1}]}, "methods must be text, as 'fedrot:lam=0.5', got {"),
+        ({"vary": [1]}, "vary must be keys and lists of values"),
+        ({"vary": {"clients.alpha": []}}, "vary.clients.alpha must be a list of values, got []"),
+        ({"vary": {1: [{2: 3}]}}, "FedIT, 1 3: unknown option '2'"),
+        (
+            {"vary": {"method.name": ["ffa", "fedit"]}},
+            "none of the methods has the option 'method.name'",
+        ),
+        ({"tune": 3}, "tune must be keys and lists of values"),
+        ({"tune": {"local": {"lr": 0.1}}}, "tune.local.lr must be a list of values, got 0.1"),
+        ({"tune": {"local.lr": {}}}, "tune.local.lr must be a list of values, got {}"),
+        ({"tune": {"local.lr": [1, "1e0"]}}, "tune.local.lr holds 1.0 twice"),
+        ({"vary": {"clients.delay": [0, 0]}}, "vary.clients.delay holds 0 twice"),
+        (
+            {"vary": {"x": [{"clients.alpha": 3, "lora.r": 2}, {"lora.r": 2, "clients.alpha": 3}]}},
+            "vary.x holds {'lora.r': 2, 'clients.alpha': 3} twice",
+        ),
+        (
+            {"vary": {"x": [{"clients.alpha": 0.3}], "local.lr": [0.1]}},
+            "vary.local.lr and tune.local.lr both set local.lr",
+        ),
     ],
     ids=str,
 )
@@ -114,6 +191,24 @@ def test_errors(tmp_path, changes, message):
     with pytest.raises(FedrotError) as error:
         read_experiment(write(tmp_path, **changes))
     assert message in str(error.value) and "try.yaml" in str(error.value)
+
+
+def test_cells_and_methods_that_share_a_name_are_refused(tmp_path):
+    vary = {"x": [{"clients.column": None}, {"clients.column": "None"}]}
+    with pytest.raises(FedrotError) as error:
+        read_experiment(write(tmp_path, vary=vary))
+    assert str(error.value).endswith(
+        "vary: {'x': {'clients.column': None}} and {'x': {'clients.column': 'None'}} share the "
+        "label 'x column None'"
+    )
+    # Folders that differ in case only are the same on some systems.
+    methods = ["fedrot:proper=true", "fedrot:proper=True"]
+    with pytest.raises(FedrotError) as error:
+        read_experiment(write(tmp_path, methods=methods))
+    assert str(error.value).endswith(
+        "methods: {'name': 'fedrot', 'proper': True} and {'name': 'fedrot', 'proper': True} share "
+        "the folder 'fedrot-proper-true'"
+    )
 
 
 @pytest.mark.parametrize("file", sorted(EXPERIMENTS.rglob("*.yaml")), ids=lambda file: file.stem)
@@ -219,8 +314,35 @@ def test_finished_runs_are_kept(finished, monkeypatch):
     outcomes = run_experiment(experiment, folder / "out", workers=1)
     assert all(outcome.complete for outcome in outcomes)
     changed = read_experiment(write(folder / "out", options={**TINY["options"], "rounds": 3}))
-    with pytest.raises(FedrotError, match="was started with rounds=2, now it is 3"):
+    message = "was started with rounds=2, now it is 3; --force removes the runs of this sweep"
+    with pytest.raises(FedrotError, match=message) as error:
         run_experiment(changed, folder / "out", workers=1)
+    assert "--resume" not in str(error.value)
+
+
+def test_a_sweep_over_any_text_is_reported(tmp_path):
+    """Slashes, brackets and dollars in values, numbers as text, and a word that tuning chooses."""
+    columns = ["models/roberta", "FacebookAI/$\\frac$[/b]", "n" * 300]
+    path = write(
+        tmp_path,
+        title="A [/b] try",
+        vary={"clients.column": columns},
+        methods=["fedit", "fedrot"],
+        tune={"local.lr": ["1e-1"], "method.lam": ["auto", "auto-client"]},
+        seeds=1,
+    )
+    out = tmp_path / "out"
+    command = ["sweep", str(path), "-o", str(out), "--workers", "1"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "A [/b] try" in result.output
+    found = json.loads((out / "results.json").read_text())["results"]
+    assert [row["cell"]["clients.column"] for row in found[::2]] == columns
+    assert all(row["tuned"]["local.lr"] == 0.1 for row in found)
+    text = (out / "report.md").read_text()
+    assert "lr 0.1, lam auto" in text
+    pictures = sorted(out.glob("rounds-*.png"))
+    assert len(pictures) == 3 and all(f"({picture.name})" in text for picture in pictures)
 
 
 def test_several_workers_give_the_same_numbers(tmp_path):

@@ -64,7 +64,9 @@ def _look_for_tasks(experiment: Path) -> None:
 
     def task(options: Any) -> Any:
         listed = options.items() if isinstance(options, dict) else ()
-        return merge(*(nested(str(key), value) for key, value in listed)).get("task")
+        found = merge(*(nested(str(key), value) for key, value in listed)).get("task")
+        named = isinstance(found, dict) and isinstance(found.get("name", ""), str)
+        return found if named else None
 
     content = read_yaml(experiment)
     shared, vary = content.get("options"), content.get("vary")
@@ -83,7 +85,7 @@ def _print(results: Results) -> None:
 
     from fedrot.report.sweep_pages import failures, tables
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # brackets in a value are brackets
     # Off a terminal rich would cut the tables at 80 columns.
     console.width = console.width if console.is_terminal else 160
     for heading, header, rows in tables(results)[:2]:

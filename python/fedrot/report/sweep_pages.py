@@ -6,11 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import matplotlib
+
 from fedrot.bench.tables import markdown
 from fedrot.files import new_file, write_json, write_text
 from fedrot.report import html, plots, sweep_plots
 from fedrot.sweep.analysis import Difference, Results
-from fedrot.sweep.experiment import Cell
+from fedrot.sweep.experiment import Cell, short_names
 
 Table = tuple[str, list[str], list[list[str]]]  # heading, header, rows
 Pictures = dict[str, tuple[html.Picture, str]]
@@ -28,12 +30,14 @@ WORDS = (
 def write_results(results: Results, out: Path) -> list[Path]:
     """Write everything into ``out``; returns the files, the page last."""
     pictures = _pictures(results)
-    for name, (picture, _) in pictures.items():
-        with new_file(out / name) as fresh:
-            fresh.write_bytes(picture(theme="light"))
+    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a value is a $
+        for name, (picture, _) in pictures.items():
+            with new_file(out / name) as fresh:
+                fresh.write_bytes(picture(theme="light"))
+        page = _page(results, pictures)
     write_json(out / "results.json", results.as_tree())
     write_text(out / "report.md", _markdown(results, pictures))
-    write_text(out / "report.html", _page(results, pictures))
+    write_text(out / "report.html", page)
     names = [*pictures, "results.json", "report.md", "report.html"]
     return [out / name for name in names]
 
@@ -118,7 +122,11 @@ def _seconds(results: Results, cell: Cell, method: str) -> str:
 
 def _tuned(results: Results, cell: Cell, method: str) -> str:
     tuned = results.of(cell, method).tuned
-    chosen = ", ".join(f"{k.rpartition('.')[2]} {v:g}" for k, v in tuned.options.items())
+    names = short_names(results.experiment.tune)
+    chosen = ", ".join(
+        f"{names[k]} {v:g}" if isinstance(v, float) else f"{names[k]} {v}"
+        for k, v in tuned.options.items()
+    )
     score = next((score for options, score in tuned.scores if options is tuned.options), None)
     return f"{chosen} ({score:.3f})" if score is not None else chosen or "-"
 
@@ -165,10 +173,11 @@ def _pictures(results: Results) -> Pictures:
     cells, methods = results.cells, results.methods
     labels = {cell.label or "all": cell for cell in cells}
     if len(results.experiment.vary) == 1 and len(cells) > 1:
-        ((axis, values),) = results.experiment.vary.items()
+        (axis,) = results.experiment.vary
+        texts = results.experiment.texts(axis)
         lines = {m: [results.spread(cell, m) for cell in cells] for m in methods}
         out["accuracy.png"] = (
-            partial(sweep_plots.over_axis, axis, list(values), lines, "test accuracy"),
+            partial(sweep_plots.over_axis, axis, texts, lines, "test accuracy"),
             f"Test accuracy along {axis}, mean and standard deviation over seeds.",
         )
     else:
@@ -199,7 +208,7 @@ def _pictures(results: Results) -> Pictures:
         curves = {m: c for m in methods if (c := results.curves(cell, m))}
         if curves and all(len(seed) > 2 for seeds in curves.values() for seed in seeds):
             out[f"rounds-{cell.folder}.png"] = (
-                partial(plots.mean_curves, curves, label),
+                partial(plots.mean_curves, curves, sweep_plots.shortened(label)),
                 f"{label}: test accuracy over rounds, mean and standard deviation over seeds.",
             )
     return out

@@ -14,9 +14,14 @@ Spread = tuple[float, float | None] | None
 Interval = tuple[float, float, float] | None  # mean, low, high
 
 
+def shortened(text: str) -> str:
+    """Without its middle where it is long: it would push the axes out of the picture."""
+    return text if len(text) <= 40 else f"{text[:19]}…{text[-20:]}"
+
+
 def over_axis(
     axis: str,
-    values: Sequence[float],
+    values: Sequence[str],
     lines: Mapping[str, Sequence[Spread]],
     ylabel: str,
     theme: str = "light",
@@ -41,9 +46,9 @@ def over_axis(
                 elinewidth=0.8,
                 capsize=2,
             )
-        ax.set_xticks(
-            xs, [f"{value:g}" if isinstance(value, int | float) else str(value) for value in values]
-        )
+        texts = [shortened(value) for value in values]
+        tilt = {"rotation": 20, "ha": "right"} if len("".join(texts)) > 60 else {}  # side by side
+        ax.set_xticks(xs, texts, **tilt)
         ax.set_xlabel(axis)
         ax.set_ylabel(ylabel)
         figure.legend(loc="outside right upper", frameon=False)
@@ -71,7 +76,7 @@ def differences(
                 ax.errorbar(
                     mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3
                 )
-            ax.set_title(title, loc="left", fontsize=10)
+            ax.set_title(shortened(title), loc="left", fontsize=10)
             ax.set_ylim(len(labels) - 0.5, -0.5)
             ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
             ax.grid(axis="y", visible=False)
@@ -104,7 +109,7 @@ def bars(
                         ecolor=THEMES[theme]["ink"])  # fmt: skip
             if line is not None:
                 ax.axvline(line, color=THEMES[theme]["soft"], linewidth=1, linestyle="--")
-            ax.set_title(title, loc="left", fontsize=10)
+            ax.set_title(shortened(title), loc="left", fontsize=10)
             ax.set_ylim(len(labels) - 0.5, -0.5)
             ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
             ax.grid(axis="y", visible=False)

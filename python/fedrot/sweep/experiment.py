@@ -19,9 +19,12 @@ has decided comparisons by itself.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,30 +39,29 @@ from fedrot.simulation.comparison import Variant, configure, has_option, parse_v
 TUNE_SEED = 10_000  # seeds of the tuning runs begin here, apart from those of the results
 VALIDATION = 0.2  # of the training examples, while tuning
 
+SHAPES: dict[str, tuple[type, str]] = {
+    "title": (str, "text"),
+    "claim": (str, "text"),
+    "options": (dict, "keys and values, as {rounds: 12}"),
+    "vary": (dict, "keys and lists of values, as {clients.count: [3, 10]}"),
+    "methods": (list, "a list of methods, as [fedit, fedrot]"),
+    "tune": (dict, "keys and lists of values, as {local.lr: [0.1, 1.0]}"),
+}
+LEAST = {"seeds": 1, "tune_seeds": 1, "first_seed": 0}
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One condition: the varied options."""
+    """One condition: the varied options, their name in tables, and that of the runs' folder."""
 
     options: Mapping[str, Any]  # by dotted key, or by any name a mapping of several options
+    label: str
+    folder: str
 
     @property
     def tree(self) -> Tree:
         several = (v if isinstance(v, dict) else {key: v} for key, v in self.options.items())
         return merge(*(nested(k, v) for options in several for k, v in options.items()))
-
-    @property
-    def label(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in self._parts())
-
-    @property
-    def folder(self) -> str:
-        return "_".join(f"{n}-{v}".replace(" ", "-") for n, v in self._parts()) or "all"
-
-    def _parts(self) -> Iterator[tuple[str, str]]:
-        for key, value in self.options.items():
-            several = value.values() if isinstance(value, dict) else [value]
-            yield key.rpartition(".")[2], " ".join(map(str, several))
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,33 @@ class Experiment:
     claim: str = ""
     options: Tree = field(default_factory=dict)
     vary: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    tune: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    tune: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     tune_seeds: int = 2
     seeds: int = 10
     first_seed: int = 0
 
     @property
     def cells(self) -> list[Cell]:
+        """Every combination of the varied values."""
         combinations = itertools.product(*self.vary.values())
-        return [Cell(dict(zip(self.vary, values, strict=True))) for values in combinations]
+        names = short_names(self.vary)
+        named = [[f"{names[axis]} {text}" for text in self.texts(axis)] for axis in self.vary]
+        parts = [*itertools.product(*named)]
+        folders = file_names(["_".join(words) or "all" for words in parts])
+        return [
+            Cell(dict(zip(self.vary, values, strict=True)), ", ".join(words), folder)
+            for values, words, folder in zip(combinations, parts, folders, strict=True)
+        ]
+
+    def texts(self, axis: str) -> list[str]:
+        """The values of an axis in words. Where a value is several options, these are named only
+        if their values alone do not tell it from the others."""
+        values = [value if isinstance(value, dict) else {"": value} for value in self.vary[axis]]
+        plain = [" ".join(map(str, options.values())) for options in values]
+        names = short_names(dict.fromkeys(key for options in values for key in options))
+        named = [" ".join(f"{names[k]} {v}".strip() for k, v in o.items()) for o in values]
+        found = plain if len({*plain}) == len(plain) else named
+        return [text or "default" for text in found]
 
     def trials(self, variant: Variant) -> list[Tree]:
         """What to try for one method, options by dotted key; one empty trial without ``tune``."""
@@ -109,48 +129,178 @@ def tunable(variant: Variant, key: str) -> bool:
     return section != "method" or (has_option(variant, option) and option not in variant.options)
 
 
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """The last part of each dotted key, or all of it where two keys end alike."""
+    last = {key: key.rpartition(".")[2] for key in keys}
+    count = Counter(last.values())
+    return {key: name if count[name] == 1 else key for key, name in last.items()}
+
+
+def file_names(texts: Sequence[str]) -> list[str]:
+    """A name for a file or folder for each text. It is the text with dashes for spaces; where that
+    is unsafe, too long or that of another text, a digest of the text keeps it apart."""
+    plain = [text.replace(" ", "-") for text in texts]
+    safe = [re.sub(r"[^\w.,+=\[\]-]+", "-", p, flags=re.ASCII).strip("-.")[:80] for p in plain]
+    count = Counter(name.lower() for name in safe)  # there are file systems that ignore case
+    return [
+        name if name == p and count[name.lower()] == 1 else f"{name}-{_digest(text)}".lstrip("-")
+        for text, p, name in zip(texts, plain, safe, strict=True)
+    ]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 def read_experiment(path: Path, overrides: Tree | None = None) -> Experiment:
     """The experiment in a YAML file; ``overrides`` replace keys such as ``seeds``.
 
     Raises:
-        FedrotError: a key is unknown or missing, or a run's configuration would be wrong; every
-            configuration is built here once, before anything runs.
+        FedrotError: a key is unknown or missing, a value has the wrong type, two cells or methods
+            cannot be told apart, or a run's configuration would be wrong; every configuration is
+            built here once, before anything runs.
     """
     # Not merged key by key: `vary` and `tune` keep their dotted keys.
     tree = {**_content(path), **(overrides or {})}
+    try:
+        experiment = _experiment(path.stem, tree)
+        _check_method_options(experiment)
+        experiment = _with_numbers(experiment, _check_configurations(experiment))
+        _check_distinct(experiment)
+    except FedrotError as error:
+        raise FedrotError(f"{path}: {error}") from error
+    return experiment
+
+
+def _experiment(name: str, tree: Tree) -> Experiment:
+    """From the content of its file; what its options mean is checked elsewhere."""
     known = {f.name for f in dataclasses.fields(Experiment)} - {"name"}
     for key in tree:
         if key not in known:
-            raise FedrotError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
+            raise FedrotError(f"unknown key {key!r}; known are {', '.join(sorted(known))}")
+    tree = {key: value for key, value in tree.items() if value is not None}
     for key in ("title", "methods"):
-        if not tree.get(key):
-            raise FedrotError(f"{path}: {key} is missing")
-    tree["tune"] = flatten(tree.get("tune") or {})
-    tree["vary"] = dict(tree.get("vary") or {})
-    for key in ("vary", "tune"):
-        for axis, values in tree[key].items():
+        if tree.get(key, "") in ("", []):
+            raise FedrotError(f"{key} is missing")
+    for key, (kind, words) in SHAPES.items():
+        if not isinstance(tree.get(key, kind()), kind):
+            raise FedrotError(f"{key} must be {words}, got {tree[key]!r}")
+    for key, least in LEAST.items():
+        if type(value := tree.get(key, least)) is not int or value < least:
+            raise FedrotError(f"{key} must be a whole number of at least {least}, got {value!r}")
+    if (end := tree.get("first_seed", 0) + tree.get("seeds", 10)) > TUNE_SEED:
+        raise FedrotError(
+            f"first_seed + seeds must be at most {TUNE_SEED}, where the seeds of tuning begin, "
+            f"got {end}"
+        )
+    vary, tune = tree.get("vary", {}), tree.get("tune", {})
+    tune = {**{axis: v for axis, v in tune.items() if not v}, **flatten(tune)}
+    for key, axes in (("vary", vary), ("tune", tune)):
+        for axis, values in axes.items():
             if not isinstance(values, list) or not values:
-                raise FedrotError(f"{path}: {key}.{axis} must be a list of values, got {values!r}")
-    for key in ("seeds", "tune_seeds"):
-        if not isinstance(tree.get(key, 1), int) or tree.get(key, 1) < 1:
-            raise FedrotError(f"{path}: {key} must be a whole number of at least 1")
+                raise FedrotError(f"{key}.{axis} must be a list of values, got {values!r}")
+    dotted = {
+        axis: [flatten(value) if isinstance(value, dict) else value for value in values]
+        for axis, values in vary.items()
+    }
+    options = merge(*(nested(key, value) for key, value in tree.get("options", {}).items()))
+    parsed = {"vary": dotted, "tune": tune, "options": options}
+    return Experiment(name, **{**tree, **parsed, "methods": _variants(tree["methods"])})
+
+
+def _variants(methods: Sequence[Any]) -> list[Variant]:
+    for method in methods:
+        if not isinstance(method, str):
+            raise FedrotError(f"methods must be text, as 'fedrot:lam=0.5', got {method!r}")
     try:
-        variants = [parse_variant(str(text)) for text in tree["methods"]]
+        variants = [parse_variant(method) for method in methods]
     except FedrotError as error:
-        raise FedrotError(f"{path}: {error}") from error
+        raise FedrotError(f"methods: {error}") from error
     labels = [variant.label for variant in variants]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
-        raise FedrotError(f"{path}: methods names {twice} twice")
-    options = merge(*(nested(str(k), v) for k, v in (tree.get("options") or {}).items()))
-    experiment = Experiment(path.stem, **{**tree, "methods": variants, "options": options})
-    for cell, variant in itertools.product(experiment.cells, variants):
+        raise FedrotError(f"methods names {twice} twice")
+    return variants
+
+
+def _check_method_options(experiment: Experiment) -> None:
+    """Methods are not given what they lack, so what all lack would change nothing."""
+    varied = (_set_by(axis, values) for axis, values in experiment.vary.items())
+    for key in (*flatten(experiment.options), *itertools.chain(*varied), *experiment.tune):
+        section, _, option = key.partition(".")
+        if section == "method" and not any(has_option(v, option) for v in experiment.methods):
+            raise FedrotError(f"none of the methods has the option {key!r}")
+
+
+def _set_by(axis: str, values: Sequence[Any]) -> list[str]:
+    """The options that the values of an axis set."""
+    keys = (value if isinstance(value, dict) else [axis] for value in values)
+    return [*dict.fromkeys(itertools.chain(*keys))]
+
+
+def _check_configurations(experiment: Experiment) -> dict[tuple[str, str], float]:
+    """Builds them all; returns the numbers that options made of texts, by option and text."""
+    numbers = {}
+    for cell, variant in itertools.product(experiment.cells, experiment.methods):
         try:
             for trial in experiment.trials(variant):
-                experiment.config(cell, variant, trial, 0, tuning=True)
+                config = experiment.config(cell, variant, trial, 0, tuning=True)
+                built = flatten(config.tree())
+                for key, value in {**flatten(cell.tree), **trial}.items():
+                    number = _number(value)
+                    if number is not None and number == built.get(key):
+                        numbers[key, value] = number
         except FedrotError as error:
             where = f"{variant.label}, {cell.label}" if cell.options else variant.label
-            raise FedrotError(f"{path}: {where}: {error}") from error
-    return experiment
+            raise FedrotError(f"{where}: {error}") from error
+    return numbers
+
+
+def _number(value: Any) -> float | None:
+    """The number that a text stands for, as 1e-2, which YAML reads as text."""
+    try:
+        return float(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
+
+
+def _with_numbers(experiment: Experiment, numbers: Mapping[tuple[str, str], float]) -> Experiment:
+    """The same with numbers for the texts that stand for them."""
+
+    def one(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: one(k, v) for k, v in value.items()}
+        return numbers.get((key, value), value) if isinstance(value, str) else value
+
+    def all_of(axes: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        return {axis: [one(axis, value) for value in values] for axis, values in axes.items()}
+
+    return dataclasses.replace(
+        experiment, vary=all_of(experiment.vary), tune=all_of(experiment.tune)
+    )
+
+
+def _check_distinct(experiment: Experiment) -> None:
+    """Runs are found by their folders and results by their labels, so no two may share one."""
+    setters: dict[str, str] = {}
+    for name, axes in (("vary", experiment.vary), ("tune", experiment.tune)):
+        for axis, values in axes.items():
+            for index, value in enumerate(values):
+                if value in values[:index]:
+                    raise FedrotError(f"{name}.{axis} holds {value!r} twice")
+            for key in _set_by(axis, values):
+                if key in setters:
+                    raise FedrotError(f"{setters[key]} and {name}.{axis} both set {key}")
+                setters[key] = f"{name}.{axis}"
+    groups: tuple[tuple[str, Sequence[Cell | Variant]], ...] = (
+        ("vary", experiment.cells),
+        ("methods", experiment.methods),
+    )
+    for key, items in groups:
+        for a, b in itertools.combinations(items, 2):
+            if a.label == b.label or a.folder.lower() == b.folder.lower():
+                what = f"label {a.label!r}" if a.label == b.label else f"folder {a.folder!r}"
+                both = f"{dict(a.options)} and {dict(b.options)}"
+                raise FedrotError(f"{key}: {both} share the {what}")
 
 
 def _content(path: Path) -> Tree:
@@ -160,4 +310,11 @@ def _content(path: Path) -> Tree:
         raise FedrotError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise FedrotError(f"{path}: must hold keys and values")
-    return content
+    return _text_keys(content)
+
+
+def _text_keys(value: Any) -> Any:
+    """The same with text for all keys: YAML reads some as numbers, dates or booleans."""
+    if isinstance(value, dict):
+        return {str(key): _text_keys(inner) for key, inner in value.items()}
+    return [_text_keys(inner) for inner in value] if isinstance(value, list) else value

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrot.config import Config
-from fedrot.errors import Diverged
+from fedrot.errors import Diverged, FedrotError
 from fedrot.files import write_json
 from fedrot.options import Tree
 from fedrot.simulation.comparison import Variant
@@ -147,15 +147,21 @@ def _run(jobs: Sequence[Job], workers: int, track: Track, label: str) -> dict[Pa
 
 
 def _failure(job: Job) -> bool | None:
-    """``None``: still to run; else whether it has failed. A finished run must be the same one."""
-    run = RunDir(job.path)
+    """``None``: still to run; else whether it has failed. A run that is there must be the same."""
     if (job.path / "failed.json").is_file():
         failed = json.loads((job.path / "failed.json").read_text(encoding="utf-8"))
-        return True if failed["config"] == job.config.tree() else None
-    if run.finished:
-        open_run(job.path, job.config.tree(), resume=True)  # refuses another configuration
-        return False
-    return None
+        if failed["config"] == job.config.tree():
+            return True
+    if not job.path.exists():
+        return None
+    try:
+        run = open_run(job.path, job.config.tree(), resume=True)
+    except FedrotError as error:
+        # The advice behind the semicolon is that of `fedrot train`.
+        reason = str(error).rpartition("; ")[0] or str(error)
+        advice = "--force removes the runs of this sweep, another --output keeps them"
+        raise FedrotError(f"{reason}; {advice}") from error
+    return False if run.finished else None
 
 
 class _Finished:
