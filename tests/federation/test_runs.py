@@ -179,6 +179,19 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
         assert left == {"config.yaml", ".mine.new-year"}
 
 
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+    """What only the data or the model show: the corrected line needs no --force."""
+    wrong = small("fedit", "clients.partition=column", "clients.column=none")
+    with pytest.raises(FedrotError, match=r"clients\.column must name a column"):
+        federate(wrong, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    open_run(tmp_path / "run", wrong.tree())
+    (tmp_path / "run" / "mine.txt").write_text("stays")
+    with pytest.raises(FedrotError, match=r"clients\.column must name a column"):
+        federate(wrong, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "mine.txt").exists()
+
+
 def test_clients_in_order_beyond_a_hundred(tmp_path):
     run = RunDir(tmp_path)
     for i in (100, 11, 2, 10):

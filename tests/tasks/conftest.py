@@ -6,6 +6,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -78,4 +80,26 @@ def llama(tmp_path_factory):
     with quiet():
         LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer(pair=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory):
+    """Its tokenizer adds nothing to a text."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=300,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    with quiet():
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer = byte_tokenizer(pair=False)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    tokenizer.save_pretrained(folder)
     return folder

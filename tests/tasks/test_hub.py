@@ -16,7 +16,7 @@ import pytest
 from fedrot import hub
 from fedrot.errors import FedrotError
 from fedrot.hub import data_folder, model_folder
-from fedrot.tasks.files import read_file, read_part
+from fedrot.tasks.files import column, part_files, read_file, read_part
 
 # A separate process, as huggingface_hub reads the environment once. After the imports, so that the
 # time is that of the search.
@@ -138,8 +138,17 @@ def test_formats_hold_the_same(tmp_path):
     parquet.write_table(pyarrow.table(columns), tmp_path / "e.parquet")
     for file in sorted(tmp_path.iterdir()):
         assert read_file(file) == columns, file
+    parquet.write_table(
+        pyarrow.table({"text": pyarrow.array([], "string")}), tmp_path / "g.parquet"
+    )
+    with pytest.raises(FedrotError, match=r"g\.parquet must hold rows"):
+        read_file(tmp_path / "g.parquet")
     (tmp_path / "f.csv").write_text('text,label\n"a, b",0\n"say ""c""",1\n"ü\nd",0\n')
     assert read_file(tmp_path / "f.csv") == {**columns, "label": ["0", "1", "0"]}
+    for name in ("a.jsonl", "c.json", "f.csv"):  # as Excel saves them
+        marked = tmp_path / f"marked-{name}"
+        marked.write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+        assert read_file(marked) == read_file(tmp_path / name)
 
 
 def test_files_of_a_part_are_joined_in_order(tmp_path):
@@ -151,12 +160,51 @@ def test_files_of_a_part_are_joined_in_order(tmp_path):
         read_part(tmp_path, "validation")
 
 
+def test_a_part_is_a_whole_word_of_a_file_or_folder(tmp_path):
+    folder = tmp_path / "test"  # what is above the given folder does not count
+    names = ["contest-train.jsonl", "data/train-0.csv", "train/a.json", "Train_2.parquet"]
+    others = ["latest.csv", "trainer/b.csv", "retrain.jsonl", "train.txt", "testing.jsonl"]
+    for name in [*names, *others, "data/test-0.jsonl", "my.test/0.jsonl.gz"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    assert part_files(folder, "train") == sorted(folder / name for name in names)
+    found = [folder / "data/test-0.jsonl", folder / "my.test/0.jsonl.gz"]
+    assert part_files(folder, "test") == found
+    assert part_files(folder, "validation", needed=False) == []
+    matched = folder / "validation_matched-0.csv"
+    for file in (matched, folder / "validation_mismatched-0.csv"):
+        file.touch()
+    assert part_files(folder, "validation_matched") == [matched]
+    shared = folder / "train" / "test.csv"
+    shared.touch()
+    for part in ("train", "test"):
+        with pytest.raises(FedrotError, match=r"train/test\.csv is of both the train and the test"):
+            part_files(folder, part)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["a", None], "^F, row 2, column x: the value is missing"),
+        ([1.0, 2.0, float("nan")], "^F, row 3, column x: the value is missing"),
+        ([" "], "^F, row 1, column x: the value is missing"),
+        ([0, ["a", "b"]], r"^F, row 2, column x: must be a text or a number, got \['a', 'b'\]"),
+        ([0, {"a": 1}], r"^F, row 2, column x: must be a text or a number, got \{'a': 1\}"),
+    ],
+)
+def test_values_that_are_none(values, message):
+    with pytest.raises(FedrotError, match=message):
+        column({"x": values}, ["x"], "F", blank=False)
+    assert column({"x": ["", 0, False]}, ["y", "x"], "F") == ["", 0, False]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"a": 1}\n{"a"\n', "cannot be read"),
         ("a.jsonl", b"[1]\n", "must hold rows with named columns"),
         ("a.csv", b"", "must hold rows with named columns"),
+        ("a.csv", b"text,label\na,b\nc, d,e\n", "row 2: more values than .* columns .*: 'e'"),
         ("a.json", b"\xff\xfe", "cannot be read"),
         ("a.parquet", b"not parquet", "cannot be read"),
     ],

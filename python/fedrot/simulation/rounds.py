@@ -142,7 +142,11 @@ def federate(
         with loggers.opened(log, run, config.tree(), run.rows()):
             return run.summary()
     with _threads(config.threads):
-        federation = prepare(config, track)
+        try:
+            federation = prepare(config, track)
+        except FedrotError:
+            run.drop_if_begun()  # the same name must do once the options are right
+            raise
         resumed = run.checkpoint.is_file()
         server = checkpoint.load(run.checkpoint) if resumed else federation.start()
         rows = run.rows()[: server.rounds]

@@ -79,6 +79,11 @@ class RunDir:
         write_json(self.path / "summary.json", summary)
         self.checkpoint.unlink(missing_ok=True)
 
+    def drop_if_begun(self) -> None:
+        """Remove the folder of a run that has not done anything yet."""
+        if [file.name for file in self.path.iterdir()] == ["config.yaml"]:
+            remove([self.path])
+
     def rows(self) -> list[Row]:
         file = self.path / "metrics.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []

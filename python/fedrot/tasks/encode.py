@@ -27,8 +27,9 @@ def tokenizer_of(folder: Path) -> Any:
 def classification(tokenizer: Any, texts: Sequence[Sequence[str]], longest: int) -> Batch:
     """Examples of one or two texts each, the tokens cut to ``longest``; without labels."""
     encoded = tokenizer(*map(list, texts), truncation=True, max_length=longest)
-    rows = [torch.tensor(ids) for ids in encoded["input_ids"]]
-    return _padded(rows, _pad_id(tokenizer))
+    pad = _pad_id(tokenizer)
+    # GPT-2 makes no token of an empty text, but a model needs one.
+    return _padded([torch.tensor(ids or [pad]) for ids in encoded["input_ids"]], pad)
 
 
 def generation(

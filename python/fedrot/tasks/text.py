@@ -17,7 +17,7 @@ from fedrot.tasks import base as shared
 from fedrot.tasks.base import Batch, TaskData, Track, no_progress, query_and_value
 from fedrot.tasks.cache import quiet
 from fedrot.tasks.encode import classification, codes, generation, tokenizer_of
-from fedrot.tasks.files import Columns, column, read_file, read_part
+from fedrot.tasks.files import Columns, column, joined, part_files, read_file
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -41,7 +41,21 @@ class TextTask:
     eval_batch: int = option(64, at_least=1)
 
     def load_model(self, data: TaskData) -> nn.Module:
-        return load_model(data, self.dtype)
+        """As :func:`load_model`.
+
+        Raises:
+            FedrotError: the folder does not load, or an example has more tokens than it takes.
+        """
+        model = load_model(data, self.dtype)
+        limit = position_limit(model)
+        masks = [part["attention_mask"] for part in (data.train, data.test)]
+        longest = max(int(mask.sum(1).max()) for mask in masks)
+        if limit is not None and longest > limit:
+            raise FedrotError(
+                f"task.max_length={self.max_length}: must be at most {limit}, which is what "
+                f"{data.base} takes (max_position_embeddings); an example has {longest} tokens"
+            )
+        return model
 
     def lora_targets(self, model: nn.Module) -> list[str]:
         return query_and_value(model)
@@ -92,6 +106,22 @@ def load_model(data: TaskData, dtype: str = "float32") -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def position_limit(model: Any) -> int | None:
+    """How many tokens a model with a table of positions takes; others, as Llama, know no end."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if (
+            isinstance(module, nn.Embedding)
+            and ("pos" in name or name == "wpe")  # the latter in GPT-2
+            and most is not None
+            and module.num_embeddings >= most
+        ):
+            # RoBERTa counts positions from the one after the padding's.
+            return most if module.padding_idx is None else most - module.padding_idx - 1
+    return None
+
+
 def classify_examples(
     base: Path, texts: Sequence[Sequence[Any]], labels: Tensor, longest: int
 ) -> Examples:
@@ -112,8 +142,9 @@ def generate_examples(
 class Text(TextTask):
     """A user's own examples and model.
 
-    ``data``: a JSONL, CSV or Parquet file, or a folder with a ``train`` and perhaps a ``test``
-    file; ``test``: the file of the test part, else ``test_fraction`` of the examples.
+    ``data``: a JSONL, CSV or Parquet file, or a folder with ``train`` and perhaps ``test`` files
+    (see :func:`part_files`); ``test``: the file of the test part, else ``test_fraction`` of the
+    examples.
     Classification where the file has the columns ``text`` and ``label``, generation where it has
     ``prompt`` and ``answer``; the options of these names give them other names. Every further
     column may be the ``clients.column`` of the partition.
@@ -133,28 +164,45 @@ class Text(TextTask):
         for key in ("model", "data"):
             if not getattr(self, key):
                 raise FedrotError(f"task.{key} must be given: --task text task.{key}=PATH")
-        train, test = self._read(seed)
+        kind, train, test = self._read(seed)
         base = model_folder(self.model)
-        if self._kind(train) == "classification":
+        if kind == "classification":
             return self._classification(base, train, test, seed)
         return self._generation(base, train, test, seed)
 
-    def _read(self, seed: int) -> tuple[Columns, Columns]:
+    def _read(self, seed: int) -> tuple[str, Columns, Columns]:
+        """Whether it is a classification or a generation, the training and the test part."""
         data = Path(self.data).expanduser()
+        tests = [Path(self.test).expanduser()] if self.test else []
         if data.is_file():
-            train = read_file(data)
+            trains = [data]
         else:
-            data = data_folder(self.data)
-            train = read_part(data, "train")
-        if self.test:
-            return train, read_file(Path(self.test).expanduser())
-        if data.is_dir() and any("test" in file.name for file in data.iterdir()):
-            return train, read_part(data, "test")
+            folder = data_folder(self.data)
+            trains = part_files(folder, "train")
+            tests = tests or part_files(folder, "test", needed=False)
+        read = {file: read_file(file) for file in (*trains, *tests)}
+        train = joined([read[file] for file in trains])
+        kind = self._kind(train)
+        # Whether what is needed may be blank: a CSV file is, where a label is missing.
+        needed = {self.prompt: True, self.answer: True}
+        if kind == "classification":
+            needed = {self.text: True, self.label: False}
+        for file, columns in read.items():
+            for name, blank in needed.items():
+                column(columns, [name], str(file), blank=blank)
+        if tests:
+            return kind, train, joined([read[file] for file in tests])
         n = len(next(iter(train.values())))
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
         cut = max(1, round(self.test_fraction * n))
+        if cut >= n:
+            raise FedrotError(
+                f"task.test_fraction={self.test_fraction} of the {n} examples of {self.data} "
+                "leaves none to train on"
+            )
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
         held, kept = sorted(order[:cut]), sorted(order[cut:])
         return (
+            kind,
             {name: [values[i] for i in kept] for name, values in train.items()},
             {name: [values[i] for i in held] for name, values in train.items()},
         )
@@ -168,19 +216,24 @@ class Text(TextTask):
             return "generation"
         raise FedrotError(
             f"task.data={self.data} must have the columns {self.text} and {self.label}, or "
-            f"{self.prompt} and {self.answer}; it has {', '.join(columns)}"
+            f"{self.prompt} and {self.answer}; it has {', '.join(columns) or 'none'}"
         )
 
     def _classification(self, base: Path, train: Columns, test: Columns, seed: int) -> TaskData:
-        labels, names = codes(column(train, [self.label], self.data))
-        index = {name: i for i, name in enumerate(names)}
-        wanted = column(test, [self.label], "the test part")
-        if unknown := [value for value in wanted if value not in index]:
-            raise FedrotError(f"the test part has the label {unknown[0]!r}, the training part not")
-        parts = [
-            classify_examples(
-                base, [column(columns, [self.text], self.data)], targets, self.max_length
+        labels, names = codes(train[self.label])
+        if len(names) < 2:
+            raise FedrotError(
+                f"every training example of task.data={self.data} has the {self.label} "
+                f"{names[0]!r}: a classification needs two"
             )
+        index = {name: i for i, name in enumerate(names)}
+        wanted = test[self.label]
+        if unknown := [value for value in wanted if value not in index]:
+            raise FedrotError(
+                f"the test part has the {self.label} {unknown[0]!r}, the training part not"
+            )
+        parts = [
+            classify_examples(base, [columns[self.text]], targets, self.max_length)
             for columns, targets in (
                 (train, labels),
                 (test, torch.tensor([index[value] for value in wanted])),
@@ -192,8 +245,8 @@ class Text(TextTask):
         parts = [
             generate_examples(
                 base,
-                [str(value) for value in column(columns, [self.prompt], self.data)],
-                [str(value) for value in column(columns, [self.answer], self.data)],
+                [str(value) for value in columns[self.prompt]],
+                [str(value) for value in columns[self.answer]],
                 self.max_length,
             )
             for columns in (train, test)
