@@ -46,9 +46,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def is_left(path: Path) -> bool:
+    """Whether this is a temporary name of :func:`new_file` or :func:`new_folder`, which only a
+    process that was killed leaves."""
+    return bool(re.fullmatch(r"\..+\.(new|old)-\d+", path.name))
+
+
 def left_behind(folder: Path) -> list[Path]:
-    """What processes that were killed had not finished writing, in ``folder`` and below it."""
-    return [p for p in folder.rglob(".*.new-*") if re.fullmatch(r"\..+\.new-\d+", p.name)]
+    """All of that in ``folder`` and below it."""
+    return [path for path in folder.rglob(".*") if is_left(path)]
 
 
 def remove(paths: Iterable[Path]) -> None:

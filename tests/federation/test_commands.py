@@ -198,7 +198,8 @@ def test_the_line_that_compare_prints_gives_the_same_adapter(tmp_path, method):
 
 def test_no_such_line_for_a_method_that_aggregate_does_not_have(tmp_path):
     out = tmp_path / "c"
-    args = ["compare", "--methods", "fedex,hetlora:norm_weights=false", "--settings", "one-shot"]
+    methods = "fedex,hetlora:norm_weights=false,robust:rule=clip:bound=1"
+    args = ["compare", "--methods", methods, "--settings", "one-shot"]
     result = run(*args, "--seeds", "1", "--output", out, *TINY)
     assert result.exit_code == 0, result.output
     assert "fedrot aggregate" not in result.stdout

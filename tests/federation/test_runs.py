@@ -162,34 +162,39 @@ def test_what_a_run_folder_refuses(tmp_path):
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
     """Names as ``new_file`` and ``new_folder`` give while they write."""
-    config, path = small("fedit").tree(), tmp_path / "run"
+    config, path = small("fedit", "rounds=1"), tmp_path / "run"
     path.mkdir()
     (path / ".config.yaml.new-123").write_text("lora: {")  # killed with the first file
-    open_run(path, config)
-    assert [p.name for p in path.iterdir()] == ["config.yaml"]
-    for flags in ({"resume": True}, {"force": True}):
-        (path / ".metrics.csv.new-123").write_text("round")
-        (path / "clients" / ".client-01.new-123").mkdir(parents=True)
-        (path / ".mine.new-year").write_text("stays")
-        with pytest.raises(FedrotError, match="unfinished run"):
-            open_run(path, config)
-        assert (path / ".metrics.csv.new-123").exists()
-        open_run(path, config, **flags)
-        left = {p.name for p in path.rglob("*")} - {"clients"}
-        assert left == {"config.yaml", ".mine.new-year"}
+    open_run(path, config.tree())
+    (path / ".metrics.csv.new-123").write_text("round")
+    (path / ".adapter.old-123").mkdir()
+    (path / "clients" / ".client-01.new-123").mkdir(parents=True)
+    (path / ".mine.new-year").write_text("stays")
+    with pytest.raises(FedrotError, match="unfinished run"):
+        federate(config, path)
+    assert (path / ".metrics.csv.new-123").exists()
+    federate(config, path, resume=True)
+    assert [p.name for p in path.rglob(".*")] == [".mine.new-year"]
 
 
-def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+def test_a_run_that_is_refused_leaves_what_was_there(tmp_path):
     """What only the data or the model show: the corrected line needs no --force."""
     wrong = small("fedit", "clients.partition=column", "clients.column=none")
-    with pytest.raises(FedrotError, match=r"clients\.column must name a column"):
-        federate(wrong, tmp_path / "run")
+
+    def refused(path, **options):
+        with pytest.raises(FedrotError, match=r"clients\.column must name a column"):
+            federate(wrong, path, **options)
+
+    refused(tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    open_run(tmp_path / "run", wrong.tree())
-    (tmp_path / "run" / "mine.txt").write_text("stays")
-    with pytest.raises(FedrotError, match=r"clients\.column must name a column"):
-        federate(wrong, tmp_path / "run", resume=True)
-    assert (tmp_path / "run" / "mine.txt").exists()
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty")
+    assert (tmp_path / "empty").is_dir() and not any((tmp_path / "empty").iterdir())
+    (tmp_path / "mine").mkdir()
+    text = "# my notes\n" + yaml.safe_dump(wrong.tree())
+    (tmp_path / "mine" / "config.yaml").write_text(text)
+    refused(tmp_path / "mine", resume=True)
+    assert (tmp_path / "mine" / "config.yaml").read_text() == text
 
 
 def test_clients_in_order_beyond_a_hundred(tmp_path):

@@ -149,6 +149,19 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ({"methods": []}, "methods is missing"),
         ({"methods": ["fedti"]}, "unknown method 'fedti'; did you mean 'fedit'?"),
         ({"methods": ["fedit", "fedit"]}, "methods names FedIT twice"),
+        (
+            {"methods": ["fedrot:lam=0.5", "fedrot:lam=.5"]},
+            "methods: FedRot-LoRA lam=.5 is the same as FedRot-LoRA lam=0.5 (alpha 0.3)",
+        ),
+        ({"vary": {"seed": [1, 2]}}, "seed is set by the sweep itself"),
+        (
+            {"vary": {"method.lam": [0.4, 1.0]}, "tune": {}},
+            "vary sets method.lam, which FedRot-LoRA lam=0.5 align=A sets itself",
+        ),
+        (
+            {"vary": {"x": [{"lora.r": 4}, {"lora.r": 4, "lora.alpha": 8}]}},
+            "vary: x 4 and x 4 8 are the same for every method",
+        ),
         ({"vary": {"clients.alpha": 3}}, "vary.clients.alpha must be a list of values, got 3"),
         ({"vary": {"clients.alpa": [3]}}, "FedIT, alpa 3: unknown option 'clients.alpa'"),
         ({"tune": {"local.lr": [0.0, 1.0]}}, "local.lr must be above 0"),

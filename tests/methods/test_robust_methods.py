@@ -284,6 +284,11 @@ def test_weights_beside_the_factors():
     assert float(mean) == pytest.approx((2 + 3 * 1.5 + 4 * 100) / 8)
     with pytest.raises(ValueError, match="needs at least 4 clients, got 3"):
         Robust("krum").average_rest(HEADS, START, weights)
+    for value in (torch.inf, torch.nan):
+        bad = [*HEADS[:4], {"bias": torch.tensor([0.0, value])}]
+        for method in (Robust("clip"), Robust("median"), FedRot()):
+            with pytest.raises(ValueError, match="client 4: bias is not finite"):
+                method.average_rest(bad, START)
 
 
 def test_krum_ties_go_to_the_lower_number():

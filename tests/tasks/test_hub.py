@@ -163,6 +163,7 @@ def test_files_of_a_part_are_joined_in_order(tmp_path):
 def test_a_part_is_a_whole_word_of_a_file_or_folder(tmp_path):
     folder = tmp_path / "test"  # what is above the given folder does not count
     names = ["contest-train.jsonl", "data/train-0.csv", "train/a.json", "Train_2.parquet"]
+    names.append("train2.csv")
     others = ["latest.csv", "trainer/b.csv", "retrain.jsonl", "train.txt", "testing.jsonl"]
     for name in [*names, *others, "data/test-0.jsonl", "my.test/0.jsonl.gz"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

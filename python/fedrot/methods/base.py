@@ -127,8 +127,21 @@ class Method(ABC):
             rest: per client the tensors of the names of ``like``.
             like: what the clients started from.
             weights: as for :meth:`aggregate`.
+
+        Raises:
+            ValueError: a value is not finite.
         """
-        w = normalised(weights, len(rest)).tolist()
+        for i, own in enumerate(rest):
+            for name, t in own.items():
+                if not torch.isfinite(t).all():
+                    raise ValueError(f"client {i}: {name} is not finite")
+        return self._rest(rest, like, normalised(weights, len(rest)).cpu())
+
+    def _rest(
+        self, rest: Sequence[Mapping[str, Tensor]], like: Mapping[str, Tensor], weights: Tensor
+    ) -> dict[str, Tensor]:
+        """:meth:`average_rest` with weights that sum to 1."""
+        w = (weights / weights.sum()).tolist()
         means = {}
         for name, t in like.items():
             means[name] = torch.zeros(t.shape, dtype=torch.float64)

@@ -15,14 +15,7 @@ import torch
 from torch import Tensor
 
 from fedrot.factors import Factors
-from fedrot.methods.base import (
-    Method,
-    arguments,
-    average,
-    checked_weights,
-    normalised,
-    wide,
-)
+from fedrot.methods.base import Method, arguments, average, checked_weights, wide
 from fedrot_kernels import ALIGN_MODES, rspace
 
 T = TypeVar("T")
@@ -122,18 +115,15 @@ class Robust(Method):
         cut, rotations = self._cut(len(uploads)), self._rotations(uploads, reference)
         return self._each(uploads, reference, rotations, lambda t, like: trimmed_mean(t, cut))
 
-    def average_rest(
-        self,
-        rest: Sequence[Mapping[str, Tensor]],
-        like: Mapping[str, Tensor],
-        weights: Tensor | None = None,
+    def _rest(
+        self, rest: Sequence[Mapping[str, Tensor]], like: Mapping[str, Tensor], weights: Tensor
     ) -> dict[str, Tensor]:
         if not like:
             return {}
-        rest, w = self._voters(rest, normalised(weights, len(rest)).cpu())
+        rest, w = self._voters(rest, weights)
         if self.rule in ("krum", "multi-krum"):
             best = self._best(distances(rest, like))
-            return super().average_rest([rest[i] for i in best], like, w[best])
+            return super()._rest([rest[i] for i in best], like, w[best])
         if self.rule == "clip":
             start = {name: t.double() for name, t in like.items()}
             changes = [{name: own[name].double() - t for name, t in start.items()} for own in rest]

@@ -107,21 +107,23 @@ def merge_command(result: Comparison, program: str = "fedrot") -> str | None:
         if group.folders and RunDir(group.folders[0]).clients():
             path = group.folders[0]
             config = read_yaml(path / "config.yaml")
-            options = _aggregate_options(config["method"])
+            options = _aggregate_options(config["method"], head=config["local"]["head"])
             if config["start"] == "own" and config["clients"]["weights"] == "uniform" and options:
                 folder = shlex.quote(str(path))
                 return f"{program} aggregate {folder}/clients/client-* {options} -o {folder}/merged"
     return None
 
 
-def _aggregate_options(method: Tree) -> str | None:
+def _aggregate_options(method: Tree, head: bool) -> str | None:
     """The options of ``fedrot aggregate`` that do what a method does in a single merge."""
     name = method["name"]
     if name == "fedit":
         return "--lam 0.0"
     if name == "flexlora" and method["gauge"] == "reference" and method["energy"] is None:
         return "--rule exact"
-    if name == "robust" and not method["bound"]:
+    if name == "robust" and method["rule"] == "clip" and (head or method["bound"]):
+        return None  # there is no --bound; here heads are clipped around the untrained one
+    if name == "robust":
         count = method["attackers"]
         rule = f" --rule {method['rule']}{'' if count is None else f' --attackers {count}'}"
     elif name == "fedrot" and method["rotation"] == "procrustes":

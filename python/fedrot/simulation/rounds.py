@@ -18,7 +18,7 @@ from torch import Tensor
 from fedrot.config import Config
 from fedrot.errors import Diverged, FedrotError
 from fedrot.factors import Factors, padded, truncate
-from fedrot.files import new_file
+from fedrot.files import new_file, remove
 from fedrot.gauge import regauge
 from fedrot.methods import Server
 from fedrot.report.pages import write_run_report
@@ -137,6 +137,7 @@ def federate(
             resume, a logger's package is missing, or local training diverged.
     """
     loggers.check(log)
+    folder, file = path.exists(), (path / "config.yaml").exists()
     run = open_run(path, config.tree(), resume=resume, force=force)
     if run.finished:
         with loggers.opened(log, run, config.tree(), run.rows()):
@@ -145,8 +146,11 @@ def federate(
         try:
             federation = prepare(config, track)
         except FedrotError:
-            run.drop_if_begun()  # the same name must do once the options are right
+            # The same name must do once the options are right: what was made here goes again.
+            if not file:
+                remove([path / "config.yaml"] if folder else [path])
             raise
+        run.tidy()
         resumed = run.checkpoint.is_file()
         server = checkpoint.load(run.checkpoint) if resumed else federation.start()
         rows = run.rows()[: server.rounds]

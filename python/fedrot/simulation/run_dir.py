@@ -5,7 +5,7 @@ metrics.jsonl           a line a round
 metrics.csv             the same, single numbers only
 tensorboard/, wandb/    the same for those who asked for it (``--log``)
 checkpoint.safetensors  while the run is unfinished
-clients/client-00/ ...  PEFT adapters: the uploads (one-shot), or what the clients keep (FedSA-LoRA)
+clients/client-00/ ...  PEFT adapters: the uploads (one-shot), or clients' own with personal parts
 adapter/                the global adapter as PEFT folder
 merged.safetensors      what was folded into the frozen weights (FedEx-LoRA, FLoRA): add it to them
 *.png, report.html
@@ -24,7 +24,7 @@ import yaml
 
 from fedrot.config import Config
 from fedrot.errors import FedrotError
-from fedrot.files import left_behind, new_file, remove, write_json, write_text
+from fedrot.files import is_left, left_behind, new_file, remove, write_json, write_text
 from fedrot.options import Tree, build, first_difference, read_yaml
 
 Row = dict[str, Any]
@@ -79,10 +79,9 @@ class RunDir:
         write_json(self.path / "summary.json", summary)
         self.checkpoint.unlink(missing_ok=True)
 
-    def drop_if_begun(self) -> None:
-        """Remove the folder of a run that has not done anything yet."""
-        if [file.name for file in self.path.iterdir()] == ["config.yaml"]:
-            remove([self.path])
+    def tidy(self) -> None:
+        """Remove what processes that were killed had not finished writing."""
+        remove(left_behind(self.path))
 
     def rows(self) -> list[Row]:
         file = self.path / "metrics.jsonl"
@@ -112,10 +111,10 @@ def open_run(path: Path, config: Tree, *, resume: bool = False, force: bool = Fa
         FedrotError: the folder holds something else, a run that neither flag allows to touch, or
             a run to continue with another configuration (the first differing key is named).
     """
-    run, left = RunDir(path), left_behind(path)
+    run = RunDir(path)
     if path.exists() and not path.is_dir():
         raise FedrotError(f"{path} is not a folder")
-    if not path.is_dir() or {*path.iterdir()} <= {*left}:
+    if not path.is_dir() or all(map(is_left, path.iterdir())):
         path.mkdir(parents=True, exist_ok=True)
         _write_config(path, config)
     elif not (path / "config.yaml").is_file():
@@ -131,7 +130,6 @@ def open_run(path: Path, config: Tree, *, resume: bool = False, force: bool = Fa
         raise FedrotError(
             f"{path} holds an unfinished run; --resume continues it, --force replaces it"
         )
-    remove(left)
     return run
 
 

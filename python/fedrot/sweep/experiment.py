@@ -164,9 +164,11 @@ def read_experiment(path: Path, overrides: Tree | None = None) -> Experiment:
     tree = {**_content(path), **(overrides or {})}
     try:
         experiment = _experiment(path.stem, tree)
-        _check_method_options(experiment)
+        _check_options(experiment)
         experiment = _with_numbers(experiment, _check_configurations(experiment))
-        _check_distinct(experiment)
+        _check_axes(experiment)
+        _check_names(experiment)
+        _check_runs(experiment)
     except FedrotError as error:
         raise FedrotError(f"{path}: {error}") from error
     return experiment
@@ -222,13 +224,18 @@ def _variants(methods: Sequence[Any]) -> list[Variant]:
     return variants
 
 
-def _check_method_options(experiment: Experiment) -> None:
+def _check_options(experiment: Experiment) -> None:
     """Methods are not given what they lack, so what all lack would change nothing."""
-    varied = (_set_by(axis, values) for axis, values in experiment.vary.items())
-    for key in (*flatten(experiment.options), *itertools.chain(*varied), *experiment.tune):
+    varied = [*itertools.chain(*(_set_by(a, values) for a, values in experiment.vary.items()))]
+    for key in (*flatten(experiment.options), *varied, *experiment.tune):
+        if key in ("seed", "validation"):
+            raise FedrotError(f"{key} is set by the sweep itself: see seeds and first_seed")
         section, _, option = key.partition(".")
         if section == "method" and not any(has_option(v, option) for v in experiment.methods):
             raise FedrotError(f"none of the methods has the option {key!r}")
+        for variant in experiment.methods if section == "method" and key in varied else ():
+            if option in variant.options:
+                raise FedrotError(f"vary sets {key}, which {variant.label} sets itself")
 
 
 def _set_by(axis: str, values: Sequence[Any]) -> list[str]:
@@ -279,8 +286,8 @@ def _with_numbers(experiment: Experiment, numbers: Mapping[tuple[str, str], floa
     )
 
 
-def _check_distinct(experiment: Experiment) -> None:
-    """Runs are found by their folders and results by their labels, so no two may share one."""
+def _check_axes(experiment: Experiment) -> None:
+    """No value twice on one, no option set by two."""
     setters: dict[str, str] = {}
     for name, axes in (("vary", experiment.vary), ("tune", experiment.tune)):
         for axis, values in axes.items():
@@ -291,6 +298,10 @@ def _check_distinct(experiment: Experiment) -> None:
                 if key in setters:
                     raise FedrotError(f"{setters[key]} and {name}.{axis} both set {key}")
                 setters[key] = f"{name}.{axis}"
+
+
+def _check_names(experiment: Experiment) -> None:
+    """Runs are found by their folders and results by their labels, so no two may share one."""
     groups: tuple[tuple[str, Sequence[Cell | Variant]], ...] = (
         ("vary", experiment.cells),
         ("methods", experiment.methods),
@@ -301,6 +312,26 @@ def _check_distinct(experiment: Experiment) -> None:
                 what = f"label {a.label!r}" if a.label == b.label else f"folder {a.folder!r}"
                 both = f"{dict(a.options)} and {dict(b.options)}"
                 raise FedrotError(f"{key}: {both} share the {what}")
+
+
+def _check_runs(experiment: Experiment) -> None:
+    """No method is another one in a cell, no cell another one for all methods; one method may be
+    the same in two, as FedIT where ``method.lam`` is varied."""
+    seen: list[dict[str, Any]] = []
+    for cell in experiment.cells:
+        runs: dict[str, Any] = {}
+        for variant in experiment.methods:
+            tree = experiment.config(cell, variant, {}, 0, tuning=False).tree()
+            run = tree, experiment.trials(variant)
+            if twice := next((label for label, other in runs.items() if other == run), None):
+                where = f" ({cell.label})" if cell.options else ""
+                raise FedrotError(f"methods: {variant.label} is the same as {twice}{where}")
+            runs[variant.label] = run
+        seen.append(runs)
+    found = zip(experiment.cells, seen, strict=True)
+    for (a, ours), (b, theirs) in itertools.combinations(found, 2):
+        if ours == theirs:
+            raise FedrotError(f"vary: {a.label} and {b.label} are the same for every method")
 
 
 def _content(path: Path) -> Tree:

@@ -33,14 +33,14 @@ def part_files(folder: Path, part: str, *, needed: bool = True) -> list[Path]:
     """The data files of a part, at any depth under ``folder``, sorted.
 
     ``part`` is a whole word of the file's name or of the name of a folder that it is in. Words are
-    what stands between characters that are no letters or digits; capitals do not matter.
+    what stands between characters that are no letters; capitals do not matter.
 
     Raises:
         FedrotError: there is none, though ``needed``; or one is of both the train and test part.
     """
 
     def has(file: Path, word: str) -> bool:
-        whole = rf"(?<![^\W_]){re.escape(word)}(?![^\W_])"
+        whole = rf"(?<![^\W\d_]){re.escape(word)}(?![^\W\d_])"
         return bool(re.search(whole, file.relative_to(folder).as_posix(), re.IGNORECASE))
 
     data = (file for file in folder.rglob("*") if file.name.endswith(DATA_SUFFIXES))
