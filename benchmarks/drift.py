@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedrot.bench.tables import markdown
 from fedrot.cli._progress import progress
 from fedrot.config import load
 from fedrot.factors import Factors
@@ -105,15 +106,15 @@ def measure(name: str, r: int, seed: int) -> dict[str, float]:
 def table(found: Mapping[str, list[dict[str, float]]]) -> str:
     """Mean ± standard deviation over the seeds."""
     columns = list(next(iter(found.values()))[0])
-    lines = [f"| training | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    rows = []
     for case, seeds in found.items():
         cells = []
         for key in columns:
             values, unit = [s[key] for s in seeds], 100 if key == "drift" else 1
             mean, std = statistics.fmean(values) * unit, statistics.stdev(values) * unit
             cells.append(f"{mean:.3g} ± {std:.1g}{' %' if unit == 100 else ''}")
-        lines.append(f"| {case} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([case, *cells])
+    return markdown(["training", *columns], rows)
 
 
 def main() -> None:

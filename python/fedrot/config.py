@@ -74,6 +74,11 @@ class Clients:
             return int(self.participation)
         return max(1, round(self.participation * self.count))
 
+    @property
+    def honest(self) -> range:
+        """The clients that are no attackers, which are the last ones."""
+        return range(self.count - self.attackers)
+
     def rank(self, client: int, round: int = 0) -> int | None:
         """The client's own rank in a round, from 0; ``None`` is the global one."""
         if not self.ranks:

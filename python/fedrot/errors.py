@@ -7,3 +7,14 @@ class FedrotError(ValueError):
 
 class Diverged(FedrotError):
     """Local training ran into values that are not finite."""
+
+
+class Refused(FedrotError):
+    """A folder that must not be touched: why, and what the caller's user can do about it."""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(reason, advice)  # as given, so that it passes between processes
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return "; ".join(self.args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import warnings
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from small import equal, small
 
 from fedrot.config import load
-from fedrot.errors import FedrotError
+from fedrot.errors import FedrotError, Refused
 from fedrot.methods import FedRot, Server
 from fedrot.options import merge
 from fedrot.simulation import checkpoint, rounds
@@ -195,6 +196,14 @@ def test_a_run_that_is_refused_leaves_what_was_there(tmp_path):
     (tmp_path / "mine" / "config.yaml").write_text(text)
     refused(tmp_path / "mine", resume=True)
     assert (tmp_path / "mine" / "config.yaml").read_text() == text
+
+
+def test_a_refusal_passes_between_processes(tmp_path):
+    open_run(tmp_path / "run", small("fedit").tree())
+    with pytest.raises(Refused) as error:
+        open_run(tmp_path / "run", small("fedit").tree())
+    again = pickle.loads(pickle.dumps(error.value))
+    assert str(again) == str(error.value) and again.reason.endswith("holds an unfinished run")
 
 
 def test_clients_in_order_beyond_a_hundred(tmp_path):

@@ -41,10 +41,18 @@ def byte_tokenizer(*, pair: bool) -> PreTrainedTokenizerFast:
     )
 
 
+def saved(factory, name, kind, config, tokenizer):
+    """The folder of a model of random weights."""
+    folder = factory.mktemp(name)
+    torch.manual_seed(0)
+    with quiet():
+        kind(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def roberta(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("roberta")
-    torch.manual_seed(0)
     config = RobertaConfig(
         vocab_size=300,
         hidden_size=32,
@@ -56,16 +64,13 @@ def roberta(tmp_path_factory):
         bos_token_id=0,
         eos_token_id=1,
     )
-    with quiet():
-        RobertaForMaskedLM(config).save_pretrained(folder)  # without a classifier, as the hub's
-    byte_tokenizer(pair=True).save_pretrained(folder)
-    return folder
+    # Without a classifier, as the hub's.
+    tokenizer = byte_tokenizer(pair=True)
+    return saved(tmp_path_factory, "roberta", RobertaForMaskedLM, config, tokenizer)
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,
         hidden_size=32,
@@ -77,17 +82,13 @@ def llama(tmp_path_factory):
         bos_token_id=0,
         eos_token_id=1,
     )
-    with quiet():
-        LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer(pair=False).save_pretrained(folder)
-    return folder
+    tokenizer = byte_tokenizer(pair=False)
+    return saved(tmp_path_factory, "llama", LlamaForCausalLM, config, tokenizer)
 
 
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory):
     """Its tokenizer adds nothing to a text."""
-    folder = tmp_path_factory.mktemp("gpt2")
-    torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=300,
         n_embd=32,
@@ -97,9 +98,6 @@ def gpt2(tmp_path_factory):
         bos_token_id=1,
         eos_token_id=1,
     )
-    with quiet():
-        GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer = byte_tokenizer(pair=False)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
-    tokenizer.save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory, "gpt2", GPT2LMHeadModel, config, tokenizer)

@@ -83,14 +83,12 @@ def _print(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fedrot.report.sweep_pages import failures, tables
+    from fedrot.report.sweep_pages import accuracies, failures
 
     console = Console(markup=False, emoji=False)  # brackets in a value are brackets
     # Off a terminal rich would cut the tables at 80 columns.
     console.width = console.width if console.is_terminal else 160
-    for heading, header, rows in tables(results):
-        if not heading.startswith(("Accuracy", "Difference", "The same")):
-            continue
+    for heading, header, rows in accuracies(results):
         table = Table(box=SIMPLE_HEAD, title=f"{results.experiment.title}: {heading}")
         for index, column in enumerate(header):
             table.add_column(column, justify="left" if index == 0 else "right")

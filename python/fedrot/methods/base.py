@@ -141,8 +141,7 @@ class Method(ABC):
         self, rest: Sequence[Mapping[str, Tensor]], like: Mapping[str, Tensor], weights: Tensor
     ) -> dict[str, Tensor]:
         """:meth:`average_rest` with weights that sum to 1."""
-        w = (weights / weights.sum()).tolist()
-        means = {}
+        w, means = weights.tolist(), {}
         for name, t in like.items():
             means[name] = torch.zeros(t.shape, dtype=torch.float64)
             for weight, own in zip(w, rest, strict=True):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedrot.factors import Factors
-from fedrot.methods.base import Method, arguments, average, checked_weights, wide
+from fedrot.methods.base import Method, arguments, average, checked_weights, normalised, wide
 from fedrot_kernels import ALIGN_MODES, rspace
 
 T = TypeVar("T")
@@ -123,7 +123,7 @@ class Robust(Method):
         rest, w = self._voters(rest, weights)
         if self.rule in ("krum", "multi-krum"):
             best = self._best(distances(rest, like))
-            return super()._rest([rest[i] for i in best], like, w[best])
+            return super()._rest([rest[i] for i in best], like, normalised(w[best], len(best)))
         if self.rule == "clip":
             start = {name: t.double() for name, t in like.items()}
             changes = [{name: own[name].double() - t for name, t in start.items()} for own in rest]

@@ -18,6 +18,7 @@ Table = tuple[str, list[str], list[list[str]]]  # heading, header, rows
 Pictures = dict[str, tuple[html.Picture, str]]
 Format = Callable[[Results, Cell, str], str]
 
+LOCAL = "accuracy_local"
 WORDS = (
     "Accuracy: mean ± sample standard deviation over seeds, on test examples that no tuning has "
     "seen. Difference: against the first method, paired by seed, with its 95 % t-interval; * where "
@@ -42,20 +43,25 @@ def write_results(results: Results, out: Path) -> list[Path]:
     return [out / name for name in names]
 
 
-def tables(results: Results) -> list[Table]:
-    """Accuracy, also on local tests, differences, aggregation error, and what was tuned."""
-    found = [
+def accuracies(results: Results) -> list[Table]:
+    """Accuracy and differences, on local tests too where there are some."""
+    first = results.methods[0]
+    found: list[tuple[str, Format]] = [
         ("Accuracy", _accuracy),
-        (f"Difference to {results.methods[0]}", _difference),
-        ("Aggregation error", _error),
-        ("Seconds of aggregation", _seconds),
+        (f"Difference to {first}", _difference),
     ]
-    if any(results.values(o.cell, o.variant.label, "accuracy_local") for o in results.outcomes):
-        found[2:2] = [
-            ("Accuracy on the clients' own mix of labels", _local),
-            (f"The same, difference to {results.methods[0]}", _local_difference),
+    if any(results.values(o.cell, o.variant.label, LOCAL) for o in results.outcomes):
+        found += [
+            ("Accuracy on the clients' own mix of labels", partial(_accuracy, key=LOCAL)),
+            (f"The same, difference to {first}", partial(_difference, key=LOCAL)),
         ]
-    out = [_by_method(results, heading, form) for heading, form in found]
+    return [_by_method(results, heading, form) for heading, form in found]
+
+
+def tables(results: Results) -> list[Table]:
+    """Those of accuracy, aggregation error, and what was tuned."""
+    found = [("Aggregation error", _error), ("Seconds of aggregation", _seconds)]
+    out = accuracies(results) + [_by_method(results, heading, form) for heading, form in found]
     if results.experiment.tune:
         first = results.experiment.methods[0]
         runs = len(results.experiment.trials(first)) * results.experiment.trial_seeds(first)
@@ -87,16 +93,8 @@ def _by_method(results: Results, heading: str, form: Format) -> Table:
     return heading, header, rows
 
 
-def _accuracy(results: Results, cell: Cell, method: str) -> str:
-    return _plus_minus(results.spread(cell, method), ".3f")
-
-
-def _local(results: Results, cell: Cell, method: str) -> str:
-    return _plus_minus(results.spread(cell, method, "accuracy_local"), ".3f")
-
-
-def _local_difference(results: Results, cell: Cell, method: str) -> str:
-    return _difference(results, cell, method, "accuracy_local")
+def _accuracy(results: Results, cell: Cell, method: str, key: str = "accuracy") -> str:
+    return _plus_minus(results.spread(cell, method, key), ".3f")
 
 
 def _difference(results: Results, cell: Cell, method: str, key: str = "accuracy") -> str:

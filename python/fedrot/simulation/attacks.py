@@ -33,7 +33,7 @@ def poisoned(
     if labels.dim() != 1:
         raise FedrotError("clients.attack=labels needs a task that classifies")
     largest, train, moved = int(labels.max()), dict(data.train), list(examples)
-    for client in range(clients.count - clients.attackers, clients.count):
+    for client in range(len(clients.honest), clients.count):
         rows, size = examples[client], len(train["labels"])
         copies = {key: value[rows] for key, value in data.train.items()}
         copies["labels"] = largest - copies["labels"]
@@ -48,8 +48,7 @@ def spoiled(upload: Upload, start: Start, clients: Clients, generator: torch.Gen
     With ``s = clients.attack_strength``: ``sign-flip`` goes ``s`` times as far from the start in
     the opposite direction, ``noise`` adds normal numbers ``s`` times as large as the change.
     """
-    honest = upload.client < clients.count - clients.attackers
-    if honest or clients.attack == "labels":
+    if upload.client in clients.honest or clients.attack == "labels":
         return upload
     strength = clients.attack_strength
 

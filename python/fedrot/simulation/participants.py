@@ -48,9 +48,14 @@ def start(
         late = int(_drawn(config, "delay", round, client) * (clients.delay + 1))
         old = (server, *server.past)[min(late, len(server.past))]
         server = replace(server, factors=old.factors, head=old.head)
-    if config.local.personal_head:
-        server = replace(server, head=server.heads.get(client, head))
-    return Start(config.method.download(server, client, rank), server.head)
+    return own_model(config, server, client, head)
+
+
+def own_model(config: Config, server: Server, client: int, head: dict[str, Tensor]) -> Start:
+    """A client's own model: the global one but for what stays with the client."""
+    factors = config.method.download(server, client, config.clients.rank(client, server.rounds))
+    personal = config.local.personal_head
+    return Start(factors, server.heads.get(client, head) if personal else server.head)
 
 
 def _drawn(config: Config, purpose: str, round: int, client: int) -> float:

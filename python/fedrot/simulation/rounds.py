@@ -39,7 +39,7 @@ from fedrot.simulation.grouped import mixed_layer
 from fedrot.simulation.local import draw_batches, train_clients
 from fedrot.simulation.measures import alignment, chosen_ranks, summarised
 from fedrot.simulation.memory import Memory, remember
-from fedrot.simulation.participants import participants, start
+from fedrot.simulation.participants import own_model, participants, start
 from fedrot.simulation.run_dir import Row, RunDir, open_run
 from fedrot.simulation.seeding import generator
 from fedrot.tasks import TaskData
@@ -80,23 +80,21 @@ class Federation:
         models, and that of the averaged B or head as ``..._averaged``. Of the clients' models on
         their local tests, the mean as ``..._local``. Attackers' own models do not count."""
         self.frozen.set(server.merged)
-        scores = self.score(server.factors, server.head)
-        clients = range(self.config.clients.count - self.config.clients.attackers)
+        scores, clients = self.score(server.factors, server.head), self.config.clients.honest
         if server.personal or server.heads:
             averaged = {f"{key}_averaged": value for key, value in scores.items()}
-            scores = {**_means([self.score(*self.own(server, i)) for i in clients]), **averaged}
+            scores = {**_means([self.score_own(server, i) for i in clients]), **averaged}
         if self.local_tests:
-            local = [self.score(*self.own(server, i), self.local_tests[i]) for i in clients]
+            local = [self.score_own(server, i, self.local_tests[i]) for i in clients]
             scores |= {f"{key}_local": value for key, value in _means(local).items()}
         return scores
 
-    def own(self, server: Server, client: int) -> tuple[Factors, dict[str, Tensor]]:
-        """Factors and head of a client's own model: the global ones but for what stays with it."""
-        rank = self.config.clients.rank(client, server.rounds)
-        head = server.head
-        if self.config.local.personal_head:
-            head = server.heads.get(client, self.head)
-        return self.config.method.download(server, client, rank), head
+    def score_own(
+        self, server: Server, client: int, rows: Tensor | None = None
+    ) -> dict[str, float]:
+        """As :meth:`score`, of a client's own model."""
+        own = own_model(self.config, server, client, self.head)
+        return self.score(own.factors, own.head, rows)
 
 
 @dataclass(frozen=True)
@@ -355,8 +353,8 @@ def _save_model(federation: Federation, run: RunDir, server: Server) -> None:
         with new_file(run.merged) as fresh:
             save_file(changes, fresh)
     for client in sorted({*server.personal, *server.heads}):
-        own, head = federation.own(server, client)
-        save_adapter(federation.model, own, run.client(client), head)
+        own = own_model(federation.config, server, client, federation.head)
+        save_adapter(federation.model, own.factors, run.client(client), own.head)
 
 
 def _check_converging(clients: Sequence[int], losses: Tensor, round: int, lr: float) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from fedrot.config import Config
-from fedrot.errors import FedrotError
+from fedrot.errors import FedrotError, Refused
 from fedrot.files import is_left, left_behind, new_file, remove, write_json, write_text
 from fedrot.options import Tree, build, first_difference, read_yaml
 
@@ -118,17 +118,17 @@ def open_run(path: Path, config: Tree, *, resume: bool = False, force: bool = Fa
         path.mkdir(parents=True, exist_ok=True)
         _write_config(path, config)
     elif not (path / "config.yaml").is_file():
-        raise FedrotError(f"{path} is not empty and not a run; choose another --name or --output")
+        raise Refused(f"{path} is not empty and not a run", "choose another --name or --output")
     elif force:
         _clear(path)
         _write_config(path, config)
     elif resume:
         _same_config(path, config)
     elif run.finished:
-        raise FedrotError(f"{path} holds a finished run; --force replaces it")
+        raise Refused(f"{path} holds a finished run", "--force replaces it")
     else:
-        raise FedrotError(
-            f"{path} holds an unfinished run; --resume continues it, --force replaces it"
+        raise Refused(
+            f"{path} holds an unfinished run", "--resume continues it, --force replaces it"
         )
     return run
 
@@ -152,10 +152,10 @@ def _same_config(path: Path, config: Tree) -> None:
             raise FedrotError("it is empty")
         stored = build(Config, given).tree()  # options newer than the run have their defaults
     except FedrotError as error:
-        raise FedrotError(f"{file} is corrupt ({error}); --force starts the run again") from error
+        raise Refused(f"{file} is corrupt ({error})", "--force starts the run again") from error
     if difference := first_difference(stored, config):
         key, before, now = difference
-        raise FedrotError(
-            f"{path} was started with {key}={before}, now it is {now}; "
-            "give the same configuration to --resume, or --force to start again"
+        raise Refused(
+            f"{path} was started with {key}={before}, now it is {now}",
+            "give the same configuration to --resume, or --force to start again",
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import shutil
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fedrot.config import Config
-from fedrot.errors import Diverged, FedrotError
-from fedrot.files import write_json
+from fedrot.errors import Diverged, Refused
+from fedrot.files import remove, write_json
 from fedrot.options import Tree
 from fedrot.simulation.comparison import Variant
 from fedrot.simulation.run_dir import RunDir, open_run
@@ -119,8 +118,7 @@ def run_experiment(
 
 def clear(out: Path) -> None:
     """Remove the runs of an earlier sweep, and nothing else."""
-    for name in ("tuning", "runs"):
-        shutil.rmtree(out / name, ignore_errors=True)
+    remove(out / name for name in ("tuning", "runs"))
 
 
 def _score(summary: Summary | None) -> float | None:
@@ -156,11 +154,9 @@ def _failure(job: Job) -> bool | None:
         return None
     try:
         run = open_run(job.path, job.config.tree(), resume=True)
-    except FedrotError as error:
-        # The advice behind the semicolon is that of `fedrot train`.
-        reason = str(error).rpartition("; ")[0] or str(error)
+    except Refused as error:  # with the advice of `fedrot train`
         advice = "--force removes the runs of this sweep, another --output keeps them"
-        raise FedrotError(f"{reason}; {advice}") from error
+        raise Refused(error.reason, advice) from error
     return False if run.finished else None
 
 

@@ -1,0 +1,156 @@
+"""A user's own text and model: what is read, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from test_text_tasks import config_of, write
+
+from fedrot.errors import FedrotError
+from fedrot.simulation.rounds import federate, prepare
+from fedrot.tasks.encode import tokenizer_of
+
+
+def test_own_classification(tmp_path, roberta):
+    file = tmp_path / "own.csv"
+    lines = [
+        f"{'good' if i % 2 else 'bad'} thing {i},{'pos' if i % 2 else 'neg'},u{i % 3}"
+        for i in range(30)
+    ]
+    file.write_text("review,verdict,user\n" + "\n".join(lines) + "\n")
+    config = config_of(
+        "text",
+        {"clients": {"count": 3, "partition": "column", "column": "user"}},
+        model=str(roberta),
+        data=str(file),
+        text="review",
+        label="verdict",
+    )
+    federation = prepare(config)
+    assert federation.data.facts["labels"] == ["neg", "pos"]
+    assert (len(federation.data.labels), len(federation.data.test["labels"])) == (24, 6)
+    users = federation.data.columns["user"]
+    assert [users[rows].unique().tolist() for rows in federation.examples] == [[0], [1], [2]]
+    summary = federate(config, tmp_path / "run")
+    assert sum(summary["client_examples"]) == 24
+
+
+def test_parts_of_an_own_folder(tmp_path, roberta):
+    """The test part is found at any depth, and is never taken from a longer word."""
+    rows = [{"text": str(i), "label": i % 2} for i in range(10)]
+
+    def sizes(folder):
+        data = config_of("text", model=str(roberta), data=str(folder)).task.prepare(0)
+        return len(data.train["labels"]), len(data.test["labels"])
+
+    write(tmp_path / "own" / "contest-train.jsonl", rows)
+    assert sizes(tmp_path / "own") == (8, 2)
+    write(tmp_path / "hub" / "data" / "train-0.jsonl", rows)
+    write(tmp_path / "hub" / "data" / "test-0.jsonl", rows[:3])
+    assert sizes(tmp_path / "hub") == (10, 3)
+
+
+def test_own_generation(tmp_path, llama):
+    rows = [{"prompt": f"{i} ->", "answer": f" {i + 1}", "user": i % 2} for i in range(10)]
+    write(tmp_path / "train.jsonl", [*rows, {"prompt": "x" * 99, "answer": "y", "user": 0}])
+    write(tmp_path / "test.jsonl", rows[:3])
+    options = {"model": str(llama), "data": str(tmp_path), "max_length": 32}
+    config = config_of("text", **options, max_train=6)
+    data = prepare(config).data
+    assert len(data.labels) == 6 and len(data.test["labels"]) == 3
+    assert data.facts == {"too_long": 1}
+    assert set(data.columns) == {"user"}
+    # A random model's query and value alone can do little; the loss of the start is 5.68.
+    steps = {"local": {"lr": 0.03, "steps": 40}}
+    summary = federate(config_of("text", steps, **options), tmp_path / "run")
+    assert summary["loss"] < summary["start"]["loss"] - 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"task\.model must be given"),
+        ({"model": "MODEL"}, r"task\.data must be given"),
+        ({"model": "MODEL", "data": "nowhere.csv"}, "there is no folder nowhere.csv"),
+        ({"model": "MODEL", "data": "FILE", "label": "class"}, "must have the columns text and"),
+        (
+            {"model": "MODEL", "data": "FILE", "kind": "generation"},
+            "has no column prompt; it has text, label",
+        ),
+        ({"model": "MODEL", "data": "FILE", "test": "OTHER"}, "has the label 'c'"),
+        ({"model": "FOLDER", "data": "FILE"}, "must hold config.json and the model's weights"),
+    ],
+)
+def test_what_text_refuses(tmp_path, roberta, options, message):
+    write(tmp_path / "own.jsonl", [{"text": "a", "label": "a"}, {"text": "b", "label": "b"}] * 4)
+    write(tmp_path / "other.jsonl", [{"text": "a", "label": "c"}])
+    paths = {
+        "MODEL": str(roberta),
+        "FILE": str(tmp_path / "own.jsonl"),
+        "OTHER": str(tmp_path / "other.jsonl"),
+        "FOLDER": str(tmp_path),
+    }
+    options = {key: paths.get(value, value) for key, value in options.items()}
+    with pytest.raises(FedrotError, match=message):
+        config_of("text", **options).task.prepare(0)
+
+
+A, B = {"text": "a", "label": "a"}, {"text": "b", "label": "b"}
+PAIR = {"prompt": "a", "answer": "b"}
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (
+            [A, B, {"text": "c", "label": None}],
+            [A],
+            r"train\.jsonl, row 3, column label: .* missing",
+        ),
+        ([A, B], [A, {"text": "c"}], r"test\.jsonl, row 2, column label: the value is missing"),
+        ([A, B], [{"label": "a", "text": None}], r"test\.jsonl, row 1, column text: .* missing"),
+        ([A, {**B, "label": ""}, B], [A], r"train\.jsonl, row 2, column label: .* missing"),
+        ([A, B, {**A, "label": ["a"]}], [A], r"row 3, column label: .* number, got \['a'\]"),
+        ([A, B], [{"text": "a"}], r"test\.jsonl has no column label"),
+        ([A, A], [A], "every training example of task.data=.* has the label 'a'"),
+        ([A, B], [{**A, "label": "c"}], "the test part has the label 'c', the training part not"),
+        ([PAIR], [{**PAIR, "answer": None}], r"test\.jsonl, row 1, column answer: .* missing"),
+        ([A], None, r"task\.test_fraction=0\.2 of the 1 examples of .* leaves none"),
+    ],
+)
+def test_examples_that_text_refuses(tmp_path, roberta, train, test, message):
+    write(tmp_path / "train.jsonl", train)
+    if test:
+        write(tmp_path / "test.jsonl", test)
+    with pytest.raises(FedrotError, match=message):
+        config_of("text", model=str(roberta), data=str(tmp_path)).task.prepare(0)
+
+
+def test_an_empty_text_is_an_example(tmp_path, roberta, gpt2):
+    """Also where all of a batch are, and the tokenizer makes no token of them."""
+    write(tmp_path / "train.jsonl", [A, B, {**B, "text": ""}])
+    write(tmp_path / "test.jsonl", [{**A, "text": ""}])
+    for model, tokens in ((roberta, "<s></s>"), (gpt2, "</s>")):
+        task = config_of("text", model=str(model), data=str(tmp_path)).task
+        data = task.prepare(0)
+        assert tokenizer_of(model).decode(data.test["input_ids"][0]) == tokens
+        assert 0 < task.evaluate(task.load_model(data), data.test)["loss"] < 2
+
+
+@pytest.mark.parametrize(("name", "limit"), [("roberta", 127), ("gpt2", 64), ("llama", None)])
+def test_no_more_tokens_than_positions(tmp_path, request, name, limit):
+    """A `task.max_length` beyond them is refused if an example is that long."""
+    folder = request.getfixturevalue(name)
+    write(tmp_path / "train.jsonl", [A, B])
+    write(tmp_path / "test.jsonl", [{"text": "long" * 80, "label": "a"}])
+
+    def loss(length, test):
+        options = {"model": str(folder), "data": str(tmp_path), "test": str(tmp_path / test)}
+        task = config_of("text", **options, max_length=length).task
+        data = task.prepare(0)
+        return task.evaluate(task.load_model(data), data.test)["loss"]
+
+    assert loss(300, "train.jsonl") < 2 and loss(limit or 300, "test.jsonl") < 2
+    if limit:
+        wanted = rf"task\.max_length={limit + 1}: must be at most {limit}, .*{folder.name}"
+        with pytest.raises(FedrotError, match=wanted):
+            loss(limit + 1, "test.jsonl")
