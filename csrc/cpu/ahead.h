@@ -3,6 +3,8 @@
 // pages and tensors, and a burst of prefetches waits for memory just as loads do.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels.h"
 #include "simd.h"
 
@@ -11,19 +13,34 @@ inline namespace FEDROT_ISA {
 
 using cpu::Ahead;
 
-// What one inner loop asks for: `step` bytes more in every iteration.
+// What one inner loop asks for: `step` bytes more with every advance().
 struct Stream {
   const char* at;
   std::int64_t step;
 };
 
-// For a loop of `iterations` with `multiply_adds` scalar multiply-adds each.
-inline Stream take(Ahead& ahead, int multiply_adds, std::int64_t iterations) {
+// What is left of a segment, or the next one, spread over `iterations`.
+__attribute__((noinline, cold)) inline Stream take_rest(Ahead& ahead, std::int64_t step,
+                                                        std::int64_t iterations) {
   while (ahead.next != ahead.end && ahead.used >= ahead.next->bytes) ++ahead.next, ahead.used = 0;
   if (ahead.next == ahead.end) return {reinterpret_cast<const char*>(&ahead), 0};
+  const std::int64_t left = ahead.next->bytes - ahead.used;
   const Stream stream{ahead.next->data + ahead.used,
-                      std::int64_t(ahead.bytes_per_multiply_add * multiply_adds)};
+                      std::min(step, (left + iterations - 1) / iterations)};
   ahead.used += stream.step * iterations;
+  return stream;
+}
+
+// For a loop that calls advance() `iterations` times, once for so many scalar multiply-adds. A step
+// is a line of the cache at most, so that none is left out, and a loop stays within one segment: it
+// should be short beside that.
+inline Stream take(Ahead& ahead, int multiply_adds, std::int64_t iterations) {
+  const std::int64_t step =
+      std::min<std::int64_t>(64, std::int64_t(ahead.bytes_per_multiply_add * multiply_adds));
+  if (ahead.next == ahead.end || ahead.used + step * iterations > ahead.next->bytes)
+    return take_rest(ahead, step, iterations);
+  const Stream stream{ahead.next->data + ahead.used, step};
+  ahead.used += step * iterations;
   return stream;
 }
 

@@ -16,8 +16,12 @@ std::size_t scratch_size(int r) {
   return std::max(panel_scratch<Acc>(r), rotation_scratch<Acc>(r));
 }
 
-// Found by timing: with AVX2 on Zen 3, 0; with AVX-512 on a Xeon, 2.
-constexpr double look_ahead_from = many_registers ? 2 : 0;
+// Found by timing: 0 on Zen 3 and Zen 4; 2 on the Xeon that has the matrix unit.
+#if defined(__AMX_BF16__)
+constexpr double look_ahead_from = 2;
+#else
+constexpr double look_ahead_from = 0;
+#endif
 
 template <class Acc>
 cpu::Kernels<Acc> table() {

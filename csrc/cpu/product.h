@@ -41,11 +41,12 @@ inline void product_tile(int terms, const Term<Acc, T>* term, std::int64_t row, 
       for (int q = 0; q < Q; ++q) sums[p][q] = load_row(C + p * c_row, q);
     }
   }
+  constexpr int multiply_adds = P * Q * lanes<Acc>, steps = P <= 4 && multiply_adds >= 128 ? 2 : 1;
   for (int s = 0; s < terms; ++s) {
     const Term<Acc, T>& t = term[s];
     const std::int64_t x_row = unit ? 1 : t.x_row, x_inner = t.x_inner, y_row = t.y_row;
     const int inner = t.inner;
-    Stream stream = take(ahead, P * Q * lanes<Acc>, inner);
+    Stream stream = take(ahead, multiply_adds / steps, std::int64_t(steps) * inner);
     // Four rows a pointer: all rows then share three registers of offsets.
     constexpr int pointers = (P + 3) / 4;
     const Acc* X[pointers];
@@ -63,7 +64,7 @@ inline void product_tile(int terms, const Term<Acc, T>* term, std::int64_t row, 
       }
       FEDROT_UNROLL
       for (int a = 0; a < pointers; ++a) X[a] += x_inner;
-      advance(stream);
+      unrolled<steps>([&](int) { advance(stream); });
     }
   }
   FEDROT_UNROLL

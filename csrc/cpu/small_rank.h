@@ -34,8 +34,9 @@ inline void dot_tile(int count, const T* X, std::int64_t x_row, const Acc* Y, st
     FEDROT_UNROLL
     for (int q = 0; q < Q; ++q) s[p][q] = load(sums + (p * cols + q) * lanes<Acc>);
   }
-  // A step of few ranks is short for the memory it stands for: half of it twice.
-  Stream stream = take(ahead, P * Q * lanes<Acc> / 2, 2 * ((count + lanes<Acc> - 1) / lanes<Acc>));
+  constexpr int multiply_adds = P * Q * lanes<Acc>, steps = (multiply_adds + 95) / 96;
+  Stream stream =
+      take(ahead, multiply_adds / steps, steps * ((count + lanes<Acc> - 1) / lanes<Acc>));
   for (int t = 0; t < count; t += lanes<Acc>) {
     const int left = count - t;
     auto load_at = [=](const auto* p) {
@@ -49,8 +50,7 @@ inline void dot_tile(int count, const T* X, std::int64_t x_row, const Acc* Y, st
       FEDROT_UNROLL
       for (int q = 0; q < Q; ++q) s[p][q] += x * y[q];
     }
-    advance(stream);
-    advance(stream);
+    unrolled<steps>([&](int) { advance(stream); });
   }
   FEDROT_UNROLL
   for (int p = 0; p < P; ++p) {
@@ -145,8 +145,8 @@ inline void position_product(int count, int clients, const T* const* X, const Ac
                              Acc* C, Ahead& ahead) {
   constexpr int used = lanes<Acc> / R * R, block = 8;  // vectors that share a load of V, sums apart
   const std::int64_t length = std::int64_t(count) * R;
-  Stream stream = take(ahead, R * used, length / used * clients);
   auto add = [&](auto vectors, std::int64_t at, Vector<Acc>* c, auto load_x) {
+    Stream stream = take(ahead, R * used, vectors() * clients);
     for (int i = 0; i < clients; ++i) {
       Vector<Acc> v[R];
       unrolled<R>([&](int s) { v[s] = load(V + (i * R + s) * lanes<Acc>); });
