@@ -24,9 +24,9 @@ __attribute__((noinline, cold)) inline Stream take_rest(Ahead& ahead, std::int64
                                                         std::int64_t iterations) {
   while (ahead.next != ahead.end && ahead.used >= ahead.next->bytes) ++ahead.next, ahead.used = 0;
   if (ahead.next == ahead.end) return {reinterpret_cast<const char*>(&ahead), 0};
-  const std::int64_t left = ahead.next->bytes - ahead.used;
-  const Stream stream{ahead.next->data + ahead.used,
-                      std::min(step, (left + iterations - 1) / iterations)};
+  const std::int64_t left = ahead.next->bytes - ahead.used,
+                     times = std::max<std::int64_t>(1, iterations);
+  const Stream stream{ahead.next->data + ahead.used, std::min(step, (left + times - 1) / times)};
   ahead.used += stream.step * iterations;
   return stream;
 }
