@@ -165,6 +165,10 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ({"vary": {"clients.alpha": 3}}, "vary.clients.alpha must be a list of values, got 3"),
         ({"vary": {"clients.alpa": [3]}}, "FedIT, alpa 3: unknown option 'clients.alpa'"),
         ({"tune": {"local.lr": [0.0, 1.0]}}, "local.lr must be above 0"),
+        (
+            {"vary": {"clients.attack": ["noise", "labels"]}},
+            "FedIT, attack noise: clients.attack=noise needs clients.attackers",
+        ),
         ({"seeds": 0}, "seeds must be a whole number of at least 1"),
         ({"seeds": "x"}, "seeds must be a whole number of at least 1, got 'x'"),
         ({"tune_seeds": True}, "tune_seeds must be a whole number of at least 1, got True"),
@@ -314,10 +318,11 @@ def test_the_numbers_are_those_of_the_runs(finished):
     assert "A try: Accuracy" in output and "FedRot-LoRA lam=0.5 align=A" in output
     assert "## The same, difference to FedIT" in text
     assert "## Tuned options (4 runs a method and cell)" in text
-    for picture in ("accuracy.png", "differences.png", "error-ratio.png", "rounds-alpha-0.3.png"):
+    accuracies = ("accuracy.png", "differences.png", "rounds-alpha-0.3.png")
+    for picture in (*accuracies, *(f"local-{name}" for name in accuracies), "error-ratio.png"):
         assert (folder / "out" / picture).read_bytes().startswith(b"\x89PNG")
         assert picture in text
-    assert (folder / "out" / "report.html").read_text().count("<figure>") == 5
+    assert (folder / "out" / "report.html").read_text().count("<figure>") == 9
 
 
 def test_finished_runs_are_kept(finished, monkeypatch):

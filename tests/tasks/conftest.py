@@ -6,6 +6,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -101,3 +103,23 @@ def gpt2(tmp_path_factory):
     tokenizer = byte_tokenizer(pair=False)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
     return saved(tmp_path_factory, "gpt2", GPT2LMHeadModel, config, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def deberta(tmp_path_factory):
+    """Its query projection is also applied to embeddings of positions, one for all examples."""
+    config = DebertaV2Config(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=130,
+        relative_attention=True,
+        position_buckets=16,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        initializer_range=0.5,
+    )
+    tokenizer = byte_tokenizer(pair=True)
+    return saved(tmp_path_factory, "deberta", DebertaV2ForSequenceClassification, config, tokenizer)

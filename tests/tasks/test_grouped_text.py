@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from fedrot.config import load
 from fedrot.errors import FedrotError
@@ -15,8 +14,6 @@ from fedrot.simulation import rounds
 from fedrot.simulation.adapter import set_factors
 from fedrot.simulation.rounds import prepare, train_round
 from fedrot.simulation.seeding import generator
-from fedrot.tasks.cache import quiet
-from fedrot.tasks.encode import tokenizer_of
 
 LOCAL = {"lr": 0.1, "steps": 3, "batch_size": 4}
 CLIENTS = {"count": 3, "partition": "column", "column": "user"}
@@ -32,30 +29,6 @@ def texts(tmp_path_factory):
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
-
-
-@pytest.fixture(scope="module")
-def deberta(tmp_path_factory, roberta):
-    """Its query projection is also applied to embeddings of positions, one for all examples."""
-    folder = tmp_path_factory.mktemp("deberta")
-    torch.manual_seed(0)
-    config = DebertaV2Config(
-        vocab_size=300,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=130,
-        relative_attention=True,
-        position_buckets=16,
-        pos_att_type=["p2c", "c2p"],
-        share_att_key=True,
-        initializer_range=0.5,
-    )
-    with quiet():
-        DebertaV2ForSequenceClassification(config).save_pretrained(folder)
-    tokenizer_of(roberta).save_pretrained(folder)
-    return folder
 
 
 def configured(model, texts, **local):

@@ -95,7 +95,10 @@ def ranks_over_rounds(rows: Rows, largest: int, title: str, theme: str = "light"
 
 
 def mean_curves(
-    curves: Mapping[str, Sequence[Sequence[float]]], title: str, theme: str = "light"
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    title: str,
+    ylabel: str = "test accuracy",
+    theme: str = "light",
 ) -> bytes:
     """Accuracy over rounds, mean and std band over seeds; ``curves[method][seed][round]``."""
     with themed_figure(theme, 1, width=6.4) as (figure, (ax,)):
@@ -111,7 +114,7 @@ def mean_curves(
                 range(length + 1), mean - std, mean + std, alpha=0.18, color=style["color"], lw=0
             )
         _title(ax, title)
-        _accuracy_axis(ax)
+        _accuracy_axis(ax, ylabel)
         _rounds_axis(ax, length)
         _legend(ax)
         return png_bytes(figure)
@@ -233,9 +236,9 @@ def _title(ax: Axes, text: str) -> None:
     ax.set_title(text, loc="left", fontsize=10)
 
 
-def _accuracy_axis(ax: Axes) -> None:
+def _accuracy_axis(ax: Axes, ylabel: str = "test accuracy") -> None:
     ax.set_ylim(0, 1.02)
-    ax.set_ylabel("test accuracy")
+    ax.set_ylabel(ylabel)
 
 
 def _rounds_axis(ax: Axes, rounds: int, from_zero: bool = True) -> None:
@@ -266,8 +269,11 @@ def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 @contextmanager
-def themed_figure(theme: str, panels: int, width: float, height: float = 3.6) -> Any:
-    """A figure with ``panels`` axes side by side in the colours of the page."""
+def themed_figure(
+    theme: str, panels: int, width: float, height: float = 3.6, *, shared: bool = False
+) -> Any:
+    """A figure with ``panels`` axes side by side in the colours of the page; ``shared``: of the
+    same range in both directions, with labels at the left alone."""
     colors = THEMES[theme]
     style: Any = {
         "figure.facecolor": colors["paper"],
@@ -290,7 +296,8 @@ def themed_figure(theme: str, panels: int, width: float, height: float = 3.6) ->
         # No pyplot: nothing global, no window, nothing to close.
         figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
-        yield figure, list(figure.subplots(1, panels, squeeze=False)[0])
+        axes = figure.subplots(1, panels, squeeze=False, sharex=shared, sharey=shared)
+        yield figure, list(axes[0])
 
 
 def png_bytes(figure: Figure) -> bytes:

@@ -19,6 +19,11 @@ Pictures = dict[str, tuple[html.Picture, str]]
 Format = Callable[[Results, Cell, str], str]
 
 LOCAL = "accuracy_local"
+Measure = tuple[str, str, str]  # how its pictures' names begin, its key, words
+MEASURES: tuple[Measure, ...] = (
+    ("", "accuracy", "test accuracy"),
+    ("local-", LOCAL, "accuracy on the clients' own mix of labels"),
+)
 WORDS = (
     "Accuracy: mean ± sample standard deviation over seeds, on test examples that no tuning has "
     "seen. Difference: against the first method, paired by seed, with its 95 % t-interval; * where "
@@ -50,7 +55,7 @@ def accuracies(results: Results) -> list[Table]:
         ("Accuracy", _accuracy),
         (f"Difference to {first}", _difference),
     ]
-    if any(results.values(o.cell, o.variant.label, LOCAL) for o in results.outcomes):
+    if len(_measures(results)) > 1:
         found += [
             ("Accuracy on the clients' own mix of labels", partial(_accuracy, key=LOCAL)),
             (f"The same, difference to {first}", partial(_difference, key=LOCAL)),
@@ -68,6 +73,12 @@ def tables(results: Results) -> list[Table]:
         heading = f"Tuned options ({runs} runs a method and cell)"
         out.append(_by_method(results, heading, _tuned))
     return out
+
+
+def _measures(results: Results) -> list[Measure]:
+    """Of accuracy, without local tests the one alone."""
+    local = any(results.values(o.cell, o.variant.label, LOCAL) for o in results.outcomes)
+    return [m for m in MEASURES if local or m[1] != LOCAL]
 
 
 def failures(results: Results) -> list[str]:
@@ -168,32 +179,10 @@ def _markdown(results: Results, pictures: Pictures) -> str:
 
 def _pictures(results: Results) -> Pictures:
     out: Pictures = {}
-    cells, methods = results.cells, results.methods
-    labels = {cell.label or "all": cell for cell in cells}
-    if len(results.experiment.vary) == 1 and len(cells) > 1:
-        (axis,) = results.experiment.vary
-        texts = results.experiment.texts(axis)
-        lines = {m: [results.spread(cell, m) for cell in cells] for m in methods}
-        out["accuracy.png"] = (
-            partial(sweep_plots.over_axis, axis, texts, lines, "test accuracy"),
-            f"Test accuracy along {axis}, mean and standard deviation over seeds.",
-        )
-    else:
-        panels = {label: {m: results.spread(c, m) for m in methods} for label, c in labels.items()}
-        out["accuracy.png"] = (
-            partial(sweep_plots.bars, panels, "test accuracy"),
-            "Test accuracy, mean and standard deviation over seeds.",
-        )
-    if len(methods) > 1 and results.experiment.seeds > 1:
-        found = {
-            label: {m: _interval(results.difference(cell, m)) for m in methods[1:]}
-            for label, cell in labels.items()
-        }
-        out["differences.png"] = (
-            partial(sweep_plots.differences, found, f"accuracy against {methods[0]}"),
-            f"Accuracy against {methods[0]}, paired by seed, with 95 % intervals; grey where they "
-            "hold 0.",
-        )
+    measures, methods = _measures(results), results.methods
+    labels = {cell.label or "all": cell for cell in results.cells}
+    for measure in measures:
+        out |= _accuracy_pictures(results, labels, measure)
     ratios = {
         label: {m: results.spread(cell, m, "error_ratio") for m in methods}
         for label, cell in labels.items()
@@ -203,12 +192,48 @@ def _pictures(results: Results) -> Pictures:
         "Aggregation error relative to plain averaging of the same uploads.",
     )
     for label, cell in labels.items():
-        curves = {m: c for m in methods if (c := results.curves(cell, m))}
-        if curves and all(len(seed) > 2 for seeds in curves.values() for seed in seeds):
-            out[f"rounds-{cell.folder}.png"] = (
-                partial(plots.mean_curves, curves, sweep_plots.shortened(label)),
-                f"{label}: test accuracy over rounds, mean and standard deviation over seeds.",
-            )
+        for begin, key, words in measures:
+            curves = {m: c for m in methods if (c := results.curves(cell, m, key))}
+            if curves and all(len(seed) > 2 for seeds in curves.values() for seed in seeds):
+                out[f"{begin}rounds-{cell.folder}.png"] = (
+                    partial(plots.mean_curves, curves, sweep_plots.shortened(label), words),
+                    f"{label}: {words} over rounds, mean and standard deviation over seeds.",
+                )
+    return out
+
+
+def _accuracy_pictures(results: Results, labels: dict[str, Cell], measure: Measure) -> Pictures:
+    """One accuracy after the last round, and its differences to the first method."""
+    out: Pictures = {}
+    begin, key, words = measure
+    methods = results.methods
+    if len(results.experiment.vary) == 1 and len(labels) > 1:
+        (axis,) = results.experiment.vary
+        texts = results.experiment.texts(axis)
+        lines = {m: [results.spread(cell, m, key) for cell in labels.values()] for m in methods}
+        out[f"{begin}accuracy.png"] = (
+            partial(sweep_plots.over_axis, axis, texts, lines, words),
+            f"{words.capitalize()} along {axis}, mean and standard deviation over seeds.",
+        )
+    else:
+        panels = {
+            label: {m: results.spread(cell, m, key) for m in methods}
+            for label, cell in labels.items()
+        }
+        out[f"{begin}accuracy.png"] = (
+            partial(sweep_plots.bars, panels, words),
+            f"{words.capitalize()}, mean and standard deviation over seeds.",
+        )
+    if len(methods) > 1 and results.experiment.seeds > 1:
+        found = {
+            label: {m: _interval(results.difference(cell, m, key)) for m in methods[1:]}
+            for label, cell in labels.items()
+        }
+        out[f"{begin}differences.png"] = (
+            partial(sweep_plots.differences, found, f"{words}, difference to {methods[0]}"),
+            f"{words.capitalize()}, difference to {methods[0]}, paired by seed, with 95 % "
+            "intervals; grey where they hold 0.",
+        )
     return out
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from fedrot.report.plots import COLORS, PLAIN, THEMES, png_bytes, themed_figure
 
@@ -59,16 +63,11 @@ def differences(
     panels: Mapping[str, Mapping[str, Interval]], xlabel: str, theme: str = "light"
 ) -> bytes:
     """Paired difference against the baseline with its 95 % interval, a panel a cell."""
-    labels = list(next(iter(panels.values())))
-    height = 1.1 + 0.28 * len(labels)
-    with themed_figure(theme, len(panels), width=2.4 + 2.6 * len(panels), height=height) as (
-        figure,
-        axes,
-    ):
-        for ax, (title, rows) in zip(axes, panels.items(), strict=True):
+    with _panels(panels, xlabel, theme) as (figure, axes):
+        for ax, rows in zip(axes, panels.values(), strict=True):
             ax.axvline(0, color=THEMES[theme]["soft"], linewidth=1)
-            for y, label in enumerate(labels):
-                if (found := rows[label]) is None:
+            for y, found in enumerate(rows.values()):
+                if found is None:
                     continue
                 mean, low, high = found
                 certain = low > 0 or high < 0
@@ -76,12 +75,6 @@ def differences(
                 ax.errorbar(
                     mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3
                 )
-            ax.set_title(shortened(title), loc="left", fontsize=10)
-            ax.set_ylim(len(labels) - 0.5, -0.5)
-            ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
-            ax.grid(axis="y", visible=False)
-            ax.locator_params(axis="x", nbins=5)  # labels of more would touch
-        axes[len(axes) // 2].set_xlabel(xlabel)
         return png_bytes(figure)
 
 
@@ -94,24 +87,34 @@ def bars(
 ) -> bytes:
     """Mean and standard deviation as horizontal bars, a panel a cell; ``line``: a value to
     compare with."""
-    labels = list(next(iter(panels.values())))
-    height = 1.1 + 0.28 * len(labels)
-    with themed_figure(theme, len(panels), width=2.4 + 2.6 * len(panels), height=height) as (
-        figure,
-        axes,
-    ):
-        for ax, (title, rows) in zip(axes, panels.items(), strict=True):
-            for y, label in enumerate(labels):
-                if (found := rows[label]) is None:
+    with _panels(panels, xlabel, theme) as (figure, axes):
+        for ax, rows in zip(axes, panels.values(), strict=True):
+            for y, found in enumerate(rows.values()):
+                if found is None:
                     continue
                 mean, std = found
                 ax.barh(y, mean, xerr=std or 0.0, color=COLORS[0], height=0.7, capsize=2,
                         ecolor=THEMES[theme]["ink"])  # fmt: skip
             if line is not None:
                 ax.axvline(line, color=THEMES[theme]["soft"], linewidth=1, linestyle="--")
-            ax.set_title(shortened(title), loc="left", fontsize=10)
-            ax.set_ylim(len(labels) - 0.5, -0.5)
-            ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
-            ax.grid(axis="y", visible=False)
-        axes[len(axes) // 2].set_xlabel(xlabel)
         return png_bytes(figure)
+
+
+@contextmanager
+def _panels(
+    panels: Mapping[str, Mapping[str, object]], xlabel: str, theme: str
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A panel a cell with a line a method, all on the same axis."""
+    labels = list(next(iter(panels.values())))
+    width = 2.4 + 2.6 * len(panels)
+    lines = textwrap.wrap(xlabel, int(11 * width), break_on_hyphens=False)
+    height = 0.93 + 0.28 * len(labels) + 0.17 * len(lines)
+    with themed_figure(theme, len(panels), width, height, shared=True) as (figure, axes):
+        for ax, title in zip(axes, panels, strict=True):
+            ax.set_title(shortened(title), loc="left", fontsize=10)
+            ax.grid(axis="y", visible=False)
+            ax.locator_params(axis="x", nbins=5)  # labels of more would touch
+        axes[0].set_yticks(range(len(labels)), labels)
+        axes[0].set_ylim(len(labels) - 0.5, -0.5)
+        figure.supxlabel("\n".join(lines), fontsize=10)
+        yield figure, axes

@@ -49,13 +49,13 @@ class Results:
         both = [(number(a, key), number(b, key)) for a, b in pairs]
         return paired([a - b for a, b in both if a is not None and b is not None])
 
-    def curves(self, cell: Cell, method: str) -> list[list[float]]:
-        """Accuracy after rounds 0, 1, ... of every run that did not fail."""
+    def curves(self, cell: Cell, method: str, key: str = "accuracy") -> list[list[float]]:
+        """An accuracy after rounds 0, 1, ... of every run that did not fail and has it."""
         outcome = self.of(cell, method)
         return [
-            [s["start"]["accuracy"], *(row["accuracy"] for row in RunDir(folder).rows())]
+            [s["start"][key], *(row[key] for row in RunDir(folder).rows())]
             for s, folder in zip(outcome.summaries, outcome.folders, strict=True)
-            if s is not None
+            if s is not None and key in s
         ]
 
     def as_tree(self) -> dict[str, Any]:
