@@ -15,7 +15,7 @@ its rank mean nothing.
 
 from __future__ import annotations
 
-from fedrot_kernels.rspace.averages import Solver, aggregate, combined, truncation
+from fedrot_kernels.rspace.averages import Solver, aggregate, chosen_lam, combined, truncation
 from fedrot_kernels.rspace.blocks import Blocks
 from fedrot_kernels.rspace.rotations import (
     ALIGN,
@@ -35,6 +35,7 @@ __all__ = [
     "aggregate",
     "auto_lam",
     "check_lam",
+    "chosen_lam",
     "client_lam",
     "combined",
     "gpa",

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fedrot_kernels.checks import check
 from fedrot_kernels.rspace.blocks import Blocks, spectrum
-from fedrot_kernels.rspace.rotations import check_options, rotations
+from fedrot_kernels.rspace.rotations import check_options, fitted, rotations
+from fedrot_kernels.rspace.softness import AUTO, found_lam
 
 BYTES = 256 << 20  # of Gram blocks at a time
 
@@ -51,6 +52,33 @@ def aggregate(
     return combined(lora_A, lora_B, ref_A, ref_B, weights, solve)
 
 
+def chosen_lam(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    ref_A: Sequence[Tensor],
+    ref_B: Sequence[Tensor],
+    weights: Tensor | None = None,
+    *,
+    align: str = "optimal",
+    lam: str = "auto",
+    proper: bool = True,
+) -> Tensor:
+    """The values that :func:`aggregate` takes for ``lam="auto"``, ``(L, 1)``, or
+    ``"auto-client"``, ``(L, N)``. It finds them anew, from blocks of its own.
+
+    Raises:
+        ValueError, TypeError: as ``aggregate``, or ``lam`` is a number.
+    """
+    check_options(align, lam)
+    if lam not in AUTO:
+        raise ValueError(f"lam must be {' or '.join(AUTO)}, got {lam!r}")
+    found: dict[int, Tensor] = {}
+    for batch, _, blocks in _each_batch(lora_A, lora_B, ref_A, ref_B, weights):
+        R = fitted(blocks, align, proper=proper)
+        found.update(zip(batch, found_lam(blocks, R, lam, proper=proper), strict=True))
+    return torch.stack([found[layer] for layer in range(len(ref_A))])
+
+
 def combined(
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
@@ -60,24 +88,33 @@ def combined(
     solve: Solver,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """``A = U_A^T stack(A)``, ``B = stack(B) U_B`` of every layer with what ``solve`` finds."""
+    A, B = list(ref_A), list(ref_B)  # replaced below
+    for batch, part, blocks in _each_batch(lora_A, lora_B, ref_A, ref_B, weights):
+        mixes = (U.reshape(blocks.ref_A.shape) for U in solve(blocks))
+        some_A, some_B = torch.ops.fedrot.combine(*part, *mixes)
+        for layer, layer_A, layer_B in zip(batch, some_A, some_B, strict=True):
+            A[layer], B[layer] = layer_A, layer_B
+    return A, B
+
+
+def _each_batch(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    ref_A: Sequence[Tensor],
+    ref_B: Sequence[Tensor],
+    weights: Tensor | None,
+) -> Iterator[tuple[list[int], list[list[Tensor]], Blocks]]:
+    """Numbers of layers, their four lists of factors, and their blocks."""
     layers = len(ref_A)
     if layers == 0 or len(ref_B) != layers or len(lora_A) % layers or len(lora_A) != len(lora_B):
         check(lora_A, lora_B, ref_A, ref_B, weights, 1.0, "joint")
-    A, B = list(ref_A), list(ref_B)  # replaced below
-    clients = len(lora_A) // layers
-    for batch in _batches(ref_A, clients):
+    for batch in _batches(ref_A, len(lora_A) // layers):
         part = [list(t) for t in (lora_A, lora_B, ref_A, ref_B)]
         if len(batch) < layers:
             part = [
                 [t[i + layer] for i in range(0, len(t), layers) for layer in batch] for t in part
             ]
-        blocks = Blocks.of(part[0], part[1], part[2], part[3], weights)
-        _, _, r = blocks.shape
-        mixes = (U.reshape(len(batch), clients, r, r) for U in solve(blocks))
-        some_A, some_B = torch.ops.fedrot.combine(*part, *mixes)
-        for layer, layer_A, layer_B in zip(batch, some_A, some_B, strict=True):
-            A[layer], B[layer] = layer_A, layer_B
-    return A, B
+        yield batch, part, Blocks.of(part[0], part[1], part[2], part[3], weights)
 
 
 def _batches(ref_A: Sequence[Tensor], clients: int) -> Iterator[list[int]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedrot_kernels.checks import ALIGN_MODES
 from fedrot_kernels.rspace.blocks import Blocks, Point, times
-from fedrot_kernels.rspace.softness import auto_lam, check_lam, client_lam, soften, turned
+from fedrot_kernels.rspace.softness import check_lam, found_lam, soften, turned
 
 ALIGN = (*ALIGN_MODES, "gpa", "optimal")
 """What :func:`rotations` can fit rotations to."""
@@ -165,15 +165,17 @@ def rotations(
         ValueError: ``align`` is not of ``ALIGN``, or ``lam`` neither in [0, 1] nor of ``AUTO``.
     """
     check_options(align, lam)
-    if align in ALIGN_MODES:
-        R = procrustes(blocks, align, proper=proper)
-    else:
-        R = (gpa if align == "gpa" else optimal)(blocks, proper=proper)
-    if lam == "auto":
-        return turned(R, auto_lam(blocks, R, proper=proper)[:, None], proper=proper)
-    if lam == "auto-client":
-        return turned(R, client_lam(blocks, R, proper=proper), proper=proper)
+    R = fitted(blocks, align, proper=proper)
+    if isinstance(lam, str):
+        return turned(R, found_lam(blocks, R, lam, proper=proper), proper=proper)
     return soften(R, float(lam), proper=proper)
+
+
+def fitted(blocks: Blocks, align: str, *, proper: bool = True) -> Tensor:
+    """``R*`` ``(L, N, r, r)`` of any ``align``."""
+    if align in ALIGN_MODES:
+        return procrustes(blocks, align, proper=proper)
+    return (gpa if align == "gpa" else optimal)(blocks, proper=proper)
 
 
 def check_options(align: str, lam: float | str) -> None:

@@ -21,6 +21,14 @@ def soften(R: Tensor, lam: float | Tensor, *, proper: bool = True) -> Tensor:
     return torch.ops.fedrot.polar((1 - lam) * eye + lam * R, proper=proper)
 
 
+def found_lam(blocks: Blocks, R: Tensor, lam: str, *, proper: bool = True) -> Tensor:
+    """What ``lam`` of ``AUTO`` stands for: :func:`auto_lam` as ``(L, 1)``, or :func:`client_lam`
+    ``(L, N)``."""
+    if lam == "auto-client":
+        return client_lam(blocks, R, proper=proper)
+    return auto_lam(blocks, R, proper=proper)[:, None]
+
+
 def auto_lam(blocks: Blocks, R: Tensor, *, proper: bool = True) -> Tensor:
     """``lam`` ``(L,)`` in [0, 1], to about 0.01, that minimises the aggregation error of
     ``soften(R, lam)`` in each layer: the best of six, and of its neighbours at half the distance,

@@ -5,7 +5,6 @@ Later sources win: defaults, the task's preset, the setting, the YAML file, the 
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -277,14 +276,27 @@ def load(*sources: Tree) -> Config:
     """The configuration that the sources give together; later ones win.
 
     Raises:
-        FedrotError: a key is unknown, or a value has the wrong type or range.
+        FedrotError: a key is unknown, a value has the wrong type or range, or an attack is given
+            without the number of attackers.
     """
     given = merge(*sources)
     name = given.get("setting", "rounds")
     preset = pick(SETTINGS, name, "setting").options
     task = _task_preset(given.get("task"))
     preset = {**preset, "method": _fitting(preset.get("method", {}), given.get("method"))}
-    return build(Config, merge({"setting": name}, task, preset, given))
+    config: Config = build(Config, merge({"setting": name}, task, preset, given))
+    _check_attack(given.get("clients", {}))
+    return config
+
+
+def _check_attack(clients: Tree) -> None:
+    """An attack of nobody would change nothing; ``attackers: 0`` beside one is meant, as the
+    baseline of a sweep."""
+    for key in ("attack", "attack_strength"):
+        if key in clients and "attackers" not in clients:
+            raise FedrotError(
+                f"clients.{key}={clients[key]} needs clients.attackers, how many clients attack"
+            )
 
 
 def _task_preset(task: Any) -> Tree:
@@ -295,7 +307,8 @@ def _task_preset(task: Any) -> Tree:
 
 def _fitting(options: Tree, method: Any) -> Tree:
     """The options of a preset that the chosen method has (FedIT has no ``lam``)."""
-    name = method.get("name", "fedrot") if isinstance(method, dict) else "fedrot"
+    given = method if isinstance(method, dict) else {}
+    name = given.get("name", "fedrot")
     kind = METHODS.get(name) if isinstance(name, str) else None
-    known = {f.name for f in dataclasses.fields(kind)} if kind else set()
+    known = kind.takes(given) if kind else set()
     return {key: value for key, value in options.items() if key in known}

@@ -27,6 +27,7 @@ import fedrot
 from fedrot.adapters import read_adapter
 from fedrot.cli import app
 from fedrot.errors import FedrotError
+from fedrot.methods import FedRot
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -202,8 +203,18 @@ def test_measure_takes_the_experts_of_a_layer_together(tools):
     states = [experts_of(state_of(model), DOWN) for model in models]
     mean = [sum(2 * s[e][1] @ s[e][0] for s in states) / 2 for e in range(EXPERTS)]
     assert measured.norm[name] == pytest.approx(float(torch.stack(mean).norm()), rel=1e-5)
+    beyond = [torch.linalg.svdvals(m)[3:] for m in mean]  # the rank is 3
+    assert measured.bound[name] == pytest.approx(float(torch.cat(beyond).norm()), rel=1e-5)
     assert measured.angles.shape == (2, 3)
     assert measured.angles[0].max() < 0.2 < 5 < measured.angles[1].min()
+    assert measured.lam is None
+    # The mean of its experts' `lam`.
+    merged = fedrot.aggregate(models, method=FedRot("auto"))
+    uploads, found = merged.uploads, merged.misalignment.by_layer()[name]["lam"]
+    each = FedRot("auto").chosen_lam(uploads.clients, uploads.reference)[:, 0].tolist()
+    of = dict(zip(uploads.reference.A, each, strict=True))
+    own = [of[pair] for pair in uploads.target.keys.layers[name].pairs]
+    assert found == pytest.approx(sum(own) / EXPERTS) and len({*own}) > 1
 
 
 def test_what_only_the_model_says(tools, tmp_path):

@@ -118,6 +118,8 @@ def test_methods_of_lora_are_refused(tools):
     for method in (FlexLoRA(), Robust(), FedRot(rotation="random")):
         with pytest.raises(FedrotError, match=f"method: {method.name} .* LoHa adapters are merged"):
             fedrot.aggregate([model], method=method)
+    with pytest.raises(FedrotError, match=r"FedRot-LoRA \(--rotation shifted\) takes LoRA factors"):
+        fedrot.aggregate([model], method=FedRot(rotation="shifted"))
     for options, named in [
         ({"rank": "auto"}, "rank is .* not for LoHa, got auto"),
         ({"rank": "auto", "method": FedRot()}, "rank is .* not for LoHa, got auto"),

@@ -65,7 +65,6 @@ def test_writes_the_merged_adapter_and_where_it_came_from(clients, tmp_path):
         "proper": True,
         "rotation": "procrustes",
         "lag": 1,
-        "eps": 0.03,
     }
     assert [c["weight"] for c in provenance["clients"]] == [0.25, 0.75]
     sha = hashlib.sha256((b / "adapter_model.safetensors").read_bytes()).hexdigest()

@@ -57,6 +57,7 @@ def test_misalignment_with_known_angles(tmp_path):
     assert errors["norm"] == pytest.approx(norm, rel=1e-5)
     assert errors["plain"] == pytest.approx(0.75 * norm, rel=1e-5)
     assert errors["aligned"] == pytest.approx(0, abs=1e-5)
+    assert errors["bound"] <= errors["aligned"] and "lam" not in errors
     assert report["summary"]["relative_plain"] == pytest.approx(0.75, rel=1e-5)
 
     half = json.loads(
@@ -64,6 +65,11 @@ def test_misalignment_with_known_angles(tmp_path):
     )
     # Half a rotation turns 60 degrees by 30: cos(30)^2 is kept.
     assert half["errors"]["layers.0.q"]["aligned"] == pytest.approx(0.25 * norm, rel=1e-4)
+
+    best = json.loads(
+        fedrot("inspect", *clients, "--reference", ref, "--lam", "auto", "--json").stdout
+    )
+    assert best["errors"]["layers.0.q"]["lam"] == 1.0
 
 
 def test_tables_of_several(tmp_path):

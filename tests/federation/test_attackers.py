@@ -99,9 +99,19 @@ def test_wrong_labels_spoil_the_mean_and_unaligned_rules(tmp_path):
     assert krum > plain + 0.03
 
 
+def test_none_beside_an_attack_is_a_baseline():
+    """Where a sweep varies how many attack, and what a finished run's config.yaml says."""
+    config = load(parse_overrides([*SMALL, "clients.attackers=0", "clients.attack=noise"]))
+    assert list(config.clients.honest) == [0, 1, 2, 3]
+    assert load(config.tree()) == config
+
+
 def test_what_is_refused():
     with pytest.raises(FedrotError, match=r"clients.attackers must be below clients.count=4"):
         load(parse_overrides([*SMALL, "clients.attackers=4"]))
+    for attack in ("attack=labels", "attack=sign-flip", "attack_strength=3"):
+        with pytest.raises(FedrotError, match=f"clients.{attack} needs clients.attackers, how"):
+            load(parse_overrides([*SMALL, f"clients.{attack}"]))
     few = [*SMALL, "method.name=robust", "clients.participation=3"]
     for rule, message in [
         ("krum", "method: rule=krum with attackers=1 needs at least 4 clients, got 3 in a round"),

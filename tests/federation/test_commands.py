@@ -14,11 +14,15 @@ from small import SMALL, SMALL_ONE_SHOT
 from typer.testing import CliRunner
 
 from fedrot.cli import app
+from fedrot.config import load
 from fedrot.errors import FedrotError
+from fedrot.methods import FedIT, FedRot
+from fedrot.options import parse_overrides
 from fedrot.report.results import Comparison, Group, mean_std, paired
 from fedrot.simulation import rounds
-from fedrot.simulation.comparison import parse_variant
+from fedrot.simulation.comparison import configure, merge_command, parse_variant
 from fedrot.simulation.run_dir import RunDir
+from fedrot.sweep.experiment import read_experiment
 
 TINY = [*SMALL_ONE_SHOT, "rounds=1"]
 
@@ -217,6 +221,10 @@ def test_no_such_line_for_a_method_that_aggregate_does_not_have(tmp_path):
         (["--methods", ","], "--methods must name at least one"),
         (["--settings", "rounds,reguage"], "unknown setting 'reguage'; did you mean 'regauge'?"),
         (["--methods", "fedit", "method.lam=1"], "none of the compared methods has the option"),
+        (
+            ["--methods", "fedrot:rotation=random", "method.lam=1"],
+            "none of the compared methods has",
+        ),
         (["--methods", "fedrot:lam=3"], "method.lam must lie in [0, 1], got 3.0"),
     ],
 )
@@ -234,6 +242,64 @@ def test_variants():
     assert variant.options == {"name": "fedrot", "lam": 0.5, "align": "A"}
     with pytest.raises(FedrotError, match="write key=value"):
         parse_variant("fedrot:0.5")
+
+
+def test_common_options_reach_the_methods_that_have_use_for_them(tmp_path):
+    common = parse_overrides(["method.lam=1", "method.eps=0.1"])
+    for text, method in (
+        ("fedit", FedIT()),
+        ("fedrot", FedRot(1.0)),
+        ("fedrot:rotation=random", FedRot(rotation="random")),
+        ("fedrot:rotation=shifted", FedRot(rotation="shifted", eps=0.1)),
+    ):
+        assert configure(common, parse_variant(text)).method == method
+    common = parse_overrides(["method.rotation=shifted", "method.eps=0.1"])
+    found = configure(common, parse_variant("fedrot")).method
+    assert found == FedRot(rotation="shifted", eps=0.1)
+    with pytest.raises(FedrotError, match=r"method.lam has no effect with rotation=random, got 1"):
+        configure({}, parse_variant("fedrot:rotation=random:lam=1"))
+
+    file = tmp_path / "sweep.yaml"
+    sweep = {
+        "title": "t",
+        "options": {"method.eps": 0.1},
+        "vary": {"method.rotation": ["procrustes", "shifted"]},
+        "methods": ["fedit", "fedrot"],
+    }
+    file.write_text(yaml.safe_dump(sweep))
+    experiment = read_experiment(file)
+    fedrot = experiment.methods[1]
+    configs = [experiment.config(c, fedrot, {}, 0, tuning=False) for c in experiment.cells]
+    assert [config.method for config in configs] == [FedRot(), found]
+    sweep = {"title": "t", "methods": ["fedit", "fedrot", "fedrot:rotation=random"]}
+    file.write_text(yaml.safe_dump({**sweep, "tune": {"method.lam": [0.2, 0.6]}}))
+    experiment = read_experiment(file)
+    assert [len(experiment.trials(v)) for v in experiment.methods] == [1, 2, 1]
+    assert [experiment.trial_seeds(v) for v in experiment.methods] == [4, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (["method.align=A", "method.lam=auto"], "--lam auto --align A"),
+        (["method.rotation=shifted"], "--rotation shifted --eps 0.03"),
+        (
+            ["method.rotation=shifted", "method.eps=0.1", "method.align=B", "method.proper=false"],
+            "--rotation shifted --eps 0.1 --align B --improper",
+        ),
+        (["method.rotation=shifted", "method.align=alternate"], "--lam 0.0"),  # round 0
+        (["method.rotation=random"], None),
+        (["method.name=robust", "method.rule=krum"], "--lam 1.0 --rule krum"),
+    ],
+)
+def test_the_command_that_merges_once_more(tmp_path, method, options):
+    tree = load(parse_overrides(["setting=one-shot", *method])).tree()
+    (tmp_path / "clients" / "client-00").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    group = Group("one-shot", "m", [{}], [], [tmp_path])
+    line = merge_command(Comparison("t", [0], ["one-shot"], ["m"], [group]))
+    command = f"fedrot aggregate {tmp_path}/clients/client-* {options} -o {tmp_path}/merged"
+    assert line == (options and command)
 
 
 def test_paired_interval():

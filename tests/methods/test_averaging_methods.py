@@ -125,7 +125,7 @@ def test_scalar_rescaling():
 
 
 def test_random_rotation_keeps_products_and_ruins_the_mean():
-    method, g = FedRot(1.0, rotation="random"), torch.Generator().manual_seed(3)
+    method, g = FedRot(rotation="random"), torch.Generator().manual_seed(3)
     alone = method.aggregate(CLIENTS[:1], REFERENCE, generator=g)
     torch.testing.assert_close(alone.B["m"] @ alone.A["m"], torch.tensor([[6.0, 0]]))
     assert float((alone.A["m"] - CLIENTS[0].A["m"]).norm()) > 0.1
@@ -150,6 +150,12 @@ def test_reference_of_the_round_before():
         ({"rotation": "scalar"}, "rotation must be procrustes, random, scale or shifted, got"),
         ({"rotation": "scale"}, "align must be A, B or alternate for rotation=scale"),
         ({"lag": 3}, "lag must be 1 or 2, got 3"),
+        ({"rotation": "random", "lam": 1.0}, "lam has no effect with rotation=random, got 1.0"),
+        ({"rotation": "shifted", "lam": 0.0}, "lam has no effect with rotation=shifted, got 0.0"),
+        ({"rotation": "shifted", "lam": "auto"}, "lam has no effect with .*=shifted, got 'auto'"),
+        ({"eps": 0.1}, "eps has no effect with rotation=procrustes, got 0.1"),
+        ({"rotation": "random", "eps": 0.1}, "eps has no effect with rotation=random, got 0.1"),
+        ({"rotation": "shifted", "eps": float("nan")}, "eps must be finite and not negative, got"),
     ],
 )
 def test_fedrot_refuses(options, message):

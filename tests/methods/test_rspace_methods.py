@@ -10,8 +10,11 @@ from fedrot.errors import FedrotError
 from fedrot.factors import Factors, padded, truncate
 from fedrot.gauge import haar, regauge
 from fedrot.methods import FedIT, FedRot, FlexLoRA
+from fedrot.methods.base import arguments
 from fedrot.metrics import aggregation_error, total
 from fedrot.options import parse_overrides
+from fedrot_kernels import rspace
+from fedrot_kernels.rspace import Blocks
 
 SHAPES = {"wide": (12, 30), "tall": (33, 9)}  # (d, k)
 R = 4
@@ -97,6 +100,41 @@ def test_shifted_and_alternate():
         assert float((of_A.A[m] - expected.A[m]).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("setting", ["regauge", "one-shot"])
+def test_a_setting_gives_lam_where_it_has_an_effect(setting):
+    assert load(parse_overrides([f"setting={setting}"])).method == FedRot(lam=1.0)
+    for rotation in ("random", "shifted"):
+        config = load(parse_overrides([f"setting={setting}", f"method.rotation={rotation}"]))
+        assert config.method == FedRot(rotation=rotation)
+
+
+@pytest.mark.parametrize("align", ["joint", "alternate", "gpa"])
+def test_chosen_lam_is_what_the_average_was_made_with(align):
+    uploads, reference, weights = federation(ranks=(4, 4, 4))
+    weights = weights[:3]
+    for lam, columns in (("auto", 1), ("auto-client", 3)):
+        method = FedRot(lam, align)
+        found = method.chosen_lam(uploads, reference, weights, round=3)
+        assert found.shape == (2, columns)
+        assert float(found.min()) < 1  # not what a whole rotation would do, too
+        result = method.aggregate(uploads, reference, weights, round=3)
+        whole = FedRot(1.0, align)
+        for layer, m in enumerate(SHAPES):
+            ours = [Factors({m: u.A[m]}, {m: u.B[m]}) for u in (*uploads, reference)]
+            blocks = Blocks.of(*arguments(ours[:-1], ours[-1]), weights)
+            R = rspace.rotations(blocks, align=whole.schedule(3)[1])[0]
+            w = weights / weights.sum()
+            A = B = 0
+            for i, u in enumerate(uploads):
+                own = float(found[layer, i if columns > 1 else 0])
+                U, _, Vh = torch.linalg.svd((1 - own) * torch.eye(R.shape[-1]) + own * R[i])
+                A, B = A + w[i] * (U @ Vh).mT @ u.A[m], B + w[i] * u.B[m] @ U @ Vh
+            torch.testing.assert_close(result.A[m], A, rtol=0, atol=1e-6)
+            torch.testing.assert_close(result.B[m], B, rtol=0, atol=1e-6)
+    assert FedRot("auto", "alternate").chosen_lam(uploads, reference, round=0) is None  # plain
+    assert FedRot(0.5).chosen_lam(uploads, reference) is None
+
+
 def test_flexlora_in_the_gauge_of_the_reference_stays_there():
     """Clients that are one adapter in other bases: that adapter comes back in the basis of the
     reference, where it is of the kind that training leaves, ``B^T B - A A^T`` a multiple of ``I``;
@@ -147,7 +185,12 @@ def test_lam_is_a_number_or_auto(text, value):
             ["method.rotation=scale", "method.align=A", "method.lam=auto"],
             "lam must be a number for rotation=scale",
         ),
-        (["method.eps=-1"], "eps must not be negative"),
+        (["method.eps=-1"], "eps must be finite and not negative"),
+        (["method.eps=0.1"], "method.eps has no effect with rotation=procrustes, got 0.1"),
+        (
+            ["method.rotation=shifted", "method.lam=1"],
+            "method.lam has no effect with rotation=shifted, got 1.0",
+        ),
         (["method.name=flexlora", "method.gauge=x"], "gauge must be singular or reference"),
     ],
 )

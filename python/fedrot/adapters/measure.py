@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from fedrot.adapters.uploads import Uploads, delta
 from fedrot.factors import Factors
 from fedrot.methods import FedIT, FedRot, Method, Robust
+from fedrot.methods.energy import singular_values
 from fedrot.metrics import aggregation_error, rotation_angles, total
 from fedrot_kernels import ALIGN_MODES
 
@@ -19,24 +21,41 @@ from fedrot_kernels import ALIGN_MODES
 class Misalignment:
     """Rotation angles, and aggregation errors `||sum_i w_i dW_i - dW||_F`, with `dW = s B A`.
 
-    A layer of several experts counts as one: the mean of their angles, the norm of all together.
+    A layer of several experts counts as one: the mean of their angles (and `lam`), the norm of all
+    together.
     """
 
     angles: Tensor  # (N, L), degrees
     plain: dict[str, float]  # error of factor averaging (FedIT), by layer
     aligned: dict[str, float]  # error of the method, by layer
+    bound: dict[str, float]  # the least error of any product of the rank of the result, by layer
     norm: dict[str, float]  # ||sum_i w_i dW_i||_F, by layer
+    lam: Tensor | None = None  # what was taken for "auto" (1, L), for "auto-client" (N, L)
+
+    def by_layer(self) -> dict[str, dict[str, Any]]:
+        """Norm and errors of each layer; with `lam="auto"` the value taken, with `"auto-client"`
+        those of the clients in their order."""
+        kinds = ("norm", "plain", "aligned", "bound")
+        layers = {name: {kind: getattr(self, kind)[name] for kind in kinds} for name in self.norm}
+        if self.lam is not None:
+            for layer, lam in zip(layers.values(), self.lam.T.tolist(), strict=True):
+                layer["lam"] = lam[0] if len(lam) == 1 else lam
+        return layers
 
     def summary(self) -> dict[str, float | None]:
-        """Over all layers: mean angle, the two errors, and both relative to the norm."""
+        """Over all layers: mean angle, the two errors, their bound, and all relative to the
+        norm."""
         norm, plain, aligned = total(self.norm), total(self.plain), total(self.aligned)
+        bound = total(self.bound)
         return {
             "mean_angle": float(self.angles.mean()),
             "norm": norm,
             "error_plain": plain,
             "error_aligned": aligned,
+            "error_bound": bound,
             "relative_plain": plain / norm if norm else None,
             "relative_aligned": aligned / norm if norm else None,
+            "relative_bound": bound / norm if norm else None,
         }
 
 
@@ -52,23 +71,32 @@ def measure(uploads: Uploads, method: Method, aligned: Factors | None = None) ->
     rotation = method if isinstance(method, FedRot | Robust) else FedRot()
     align = rotation.align if rotation.align in ALIGN_MODES else "joint"
     angles = rotation_angles(uploads.clients, uploads.reference, align, rotation.proper)
-    pairs = [len(layer.pairs) for layer in uploads.target.keys.layers.values()]
+    lam = None
+    if isinstance(method, FedRot):
+        lam = method.chosen_lam(uploads.clients, uploads.reference, uploads.weights)
+    values = singular_values(scaled, uploads.weights, rounding=True)
+    beyond = {pair: float(v[aligned.A[pair].shape[0] :].norm()) for pair, v in values.items()}
     return Misalignment(
-        torch.stack([part.mean(1) for part in angles.split(pairs, 1)], 1),
+        _layer_means(angles, uploads),
         _errors(scaled, plain, uploads),
         _errors(scaled, aligned, uploads),
-        _errors(scaled, _zeros(uploads.reference), uploads),
+        _by_layer(beyond, uploads),
+        _by_layer({pair: float(v.norm()) for pair, v in values.items()}, uploads),
+        None if lam is None else _layer_means(lam.T, uploads),
     )
 
 
 def _errors(scaled: Sequence[Factors], aggregate: Factors, uploads: Uploads) -> dict[str, float]:
-    errors = aggregation_error(scaled, delta(aggregate, uploads.scalings), uploads.weights)
+    factors = delta(aggregate, uploads.scalings)
+    return _by_layer(aggregation_error(scaled, factors, uploads.weights), uploads)
+
+
+def _by_layer(norms: Mapping[str, float], uploads: Uploads) -> dict[str, float]:
     layers = uploads.target.keys.layers
-    return {name: total({p: errors[p] for p in layer.pairs}) for name, layer in layers.items()}
+    return {name: total({p: norms[p] for p in layer.pairs}) for name, layer in layers.items()}
 
 
-def _zeros(factors: Factors) -> Factors:
-    return Factors(
-        {name: torch.zeros_like(A) for name, A in factors.A.items()},
-        {name: torch.zeros_like(B) for name, B in factors.B.items()},
-    )
+def _layer_means(of_pairs: Tensor, uploads: Uploads) -> Tensor:
+    """`(N, pairs)` as `(N, L)`."""
+    pairs = [len(layer.pairs) for layer in uploads.target.keys.layers.values()]
+    return torch.stack([part.mean(1) for part in of_pairs.split(pairs, 1)], 1)

@@ -134,7 +134,9 @@ class Merged:
     def _provenance(self) -> dict[str, Any]:
         uploads = self.uploads
         weights = uploads.weights.tolist()
-        options = {key: v for key, v in to_tree(self.method).items() if v is not None}
+        tree = to_tree(self.method)
+        used = self.method.takes(tree)
+        options = {key: v for key, v in tree.items() if v is not None and key in used}
         return {
             "fedrot_version": __version__,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -146,9 +148,15 @@ class Merged:
             ],
             "ranks": sorted({layer.rank for layer in uploads.target.keys.layers.values()}),
             **({"spectrum": self.spectrum.summary()} if self.spectrum else {}),
-            "measured": self.distances or self.misalignment.summary(),
+            **self._measured(),
             "notes": uploads.notes,
         }
+
+    def _measured(self) -> dict[str, Any]:
+        if self.distances:
+            return {"measured": self.distances}
+        found = self.misalignment
+        return {"measured": found.summary(), "errors": found.by_layer()}
 
 
 def aggregate(

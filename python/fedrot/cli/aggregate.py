@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -12,6 +12,8 @@ from fedrot.cli._run import user_errors
 from fedrot.errors import FedrotError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedrot.adapters import Merged
     from fedrot.methods import FedRot, FlexLoRA, Robust
 
@@ -36,6 +38,13 @@ class Rule(str, Enum):
     multi_krum = "multi-krum"
     clip = "clip"
     exact = "exact"
+
+
+class Rotation(str, Enum):
+    """Which rotation is taken."""
+
+    procrustes = "procrustes"
+    shifted = "shifted"
 
 
 # Options that `fedrot inspect` has, too.
@@ -113,6 +122,21 @@ def aggregate(
             show_default=False,
         ),
     ] = None,
+    rotation: Annotated[
+        Rotation,
+        typer.Option(
+            metavar="NAME",
+            help="procrustes: the best one, as far as --lam says; shifted: in the place of --lam, "
+            "the less the weaker the evidence.",
+        ),
+    ] = Rotation.procrustes,
+    eps: Annotated[
+        float | None,
+        typer.Option(
+            help="For --rotation shifted: what evidence counts as weak; .03 if not given.",
+            show_default=False,
+        ),
+    ] = None,
     rule: Annotated[
         Rule | None,
         typer.Option(
@@ -156,6 +180,7 @@ def aggregate(
             f"--rule {rule.value} has no such number"
         )
     turn = read_lam(lam)
+    _check_rotation(rotation, eps, turn, align, rule)
     method: FedRot | FlexLoRA | Robust
     if rule is Rule.exact:
         if turn != 1.0 or align is not Align.joint or proper is not None:
@@ -165,7 +190,11 @@ def aggregate(
             )
         method = FlexLoRA("reference")
     elif rule is Rule.mean:
-        method = FedRot(turn, align.value, True if proper is None else proper)
+        options: dict[str, Any] = {"align": align.value, "rotation": rotation.value}
+        options |= {"proper": proper, "eps": eps}
+        if rotation is Rotation.procrustes:
+            options["lam"] = turn
+        method = FedRot(**{key: value for key, value in options.items() if value is not None})
     else:
         method = Robust(rule.value, attackers, lam=turn, align=align.value, proper=bool(proper))
     adapters.check_distinct(clients)
@@ -180,6 +209,25 @@ def aggregate(
         typer.echo(f"note: {note}", err=True)
     if not quiet:
         _report(merged, method, output, reference is None)
+
+
+def _check_rotation(
+    rotation: Rotation, eps: float | None, turn: float | str, align: Align, rule: Rule
+) -> None:
+    """Refuse what `--rotation shifted` has no use for, and `--eps` without it."""
+    if rotation is not Rotation.shifted:
+        if eps is not None:
+            raise FedrotError(f"--eps is for --rotation shifted, got --eps {eps:g} without it")
+        return
+    if rule is not Rule.mean:
+        raise FedrotError(f"--rotation shifted is for --rule mean, got --rule {rule.value}")
+    if turn != 1.0:
+        raise FedrotError(f"--rotation shifted has --eps in the place of --lam, got --lam {turn}")
+    if align in (Align.gpa, Align.optimal):
+        raise FedrotError(
+            "--rotation shifted is fitted to the reference: --align must be joint, A or B, got "
+            f"{align.value}"
+        )
 
 
 def _report(merged: Merged, method: FedRot | FlexLoRA | Robust, output: Path, first: bool) -> None:
@@ -214,7 +262,30 @@ def _errors(merged: Merged, method: FedRot | FlexLoRA | Robust) -> list[tuple[st
             f"error, {method.name}",
             f"{error_text(summary['error_aligned'], summary['relative_aligned'])}, {_how(method)}",
         ),
+        *_chosen(merged.misalignment.lam),
+        *_bound(summary, method),
     ]
+
+
+def _chosen(lam: Tensor | None) -> list[tuple[str, str]]:
+    if lam is None:
+        return []
+    clients, layers = lam.shape
+    over = f"{layers} layer{'s' if layers > 1 else ''}"
+    over += f" and {clients} clients" if clients > 1 else ""
+    low, middle, high = (f"{float(lam.quantile(q)):.3g}" for q in (0.0, 0.5, 1.0))
+    return [("lam, as chosen", f"median {middle}, {low} to {high} over {over}")]
+
+
+def _bound(
+    summary: dict[str, float | None], method: FedRot | FlexLoRA | Robust
+) -> list[tuple[str, str]]:
+    from fedrot.methods import FlexLoRA
+
+    if isinstance(method, FlexLoRA):  # its error is the bound
+        return []
+    least = error_text(summary["error_bound"], summary["relative_bound"])
+    return [("error, least possible", f"{least}, of any adapter of this rank")]
 
 
 def _distances(merged: Merged) -> list[tuple[str, str]]:
@@ -239,10 +310,12 @@ def _warn_if_worse(merged: Merged, method: FedRot | FlexLoRA | Robust) -> None:
 
 
 def _how(method: FedRot | FlexLoRA | Robust) -> str:
-    from fedrot.methods import FlexLoRA, Robust
+    from fedrot.methods import FedRot, FlexLoRA, Robust
 
     if isinstance(method, FlexLoRA):
         return "the least of any adapter of this rank"
+    if isinstance(method, FedRot) and method.rotation == "shifted":
+        return f"shifted, eps {method.eps:g}, align {method.align}"
     lam = method.lam if isinstance(method.lam, str) else f"{method.lam:g}"
     rule = f"{method.rule}, " if isinstance(method, Robust) else ""
     return f"{rule}lam {lam}, align {method.align}"

@@ -133,14 +133,7 @@ def _as_json(
             adapter.source: dict(zip(names, row, strict=True))
             for adapter, row in zip(uploads.adapters, measured.angles.tolist(), strict=True)
         }
-        result["errors"] = {
-            name: {
-                "norm": measured.norm[name],
-                "plain": measured.plain[name],
-                "aligned": measured.aligned[name],
-            }
-            for name in names
-        }
+        result["errors"] = measured.by_layer()
     if spectrum is not None:
         result["spectrum"] = {
             "energy": spectrum.energy,
@@ -182,7 +175,7 @@ def _show(
         typer.echo(f"note: {note}", err=True)
     if uploads and measured:
         console.print(_client_table(uploads, measured))
-        console.print(_error_table(uploads, measured))
+        console.print(_error_table(measured))
     if spectrum:
         console.print(_spectrum_table(spectrum, console.width))
 
@@ -212,27 +205,19 @@ def _client_table(uploads: Uploads, measured: Misalignment) -> Any:
     return table
 
 
-def _error_table(uploads: Uploads, measured: Misalignment) -> Any:
-    table = _table(
-        "aggregation error (relative to the mean update)", "layer", "angle", "plain", "aligned"
-    )
+def _error_table(measured: Misalignment) -> Any:
+    title = "aggregation error (relative to the mean update)"
+    kinds = ("plain", "aligned")  # beside names of layers there is no room for more
+    table = _table(title, "layer", "angle", *kinds)
     mean_angles = measured.angles.mean(0).tolist()
-    for name, angle in zip(uploads.target.keys.layers, mean_angles, strict=True):
-        plain, aligned, norm = (d[name] for d in (measured.plain, measured.aligned, measured.norm))
-        table.add_row(
-            name,
-            f"{angle:.1f}",
-            error_text(plain, plain / norm if norm else None),
-            error_text(aligned, aligned / norm if norm else None),
-        )
+    for (name, layer), angle in zip(measured.by_layer().items(), mean_angles, strict=True):
+        norm = layer["norm"]
+        errors = (error_text(layer[kind], layer[kind] / norm if norm else None) for kind in kinds)
+        table.add_row(name, f"{angle:.1f}", *errors)
     total = measured.summary()
     table.add_section()
-    table.add_row(
-        "all",
-        f"{total['mean_angle']:.1f}",
-        error_text(total["error_plain"], total["relative_plain"]),
-        error_text(total["error_aligned"], total["relative_aligned"]),
-    )
+    errors = (error_text(total[f"error_{kind}"], total[f"relative_{kind}"]) for kind in kinds)
+    table.add_row("all", f"{total['mean_angle']:.1f}", *errors)
     return table
 
 

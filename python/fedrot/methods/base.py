@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -65,6 +65,11 @@ class Method(ABC):
     def chooses_ranks(self) -> bool:
         """Whether layers of the aggregate may have a smaller rank than the reference."""
         return False
+
+    @classmethod
+    def takes(cls, given: Mapping[str, Any]) -> set[str]:
+        """The options, by name, that have an effect beside the ``given`` ones."""
+        return {f.name for f in fields(cls)}
 
     def check_stateless(self) -> None:
         """For engines that keep no :class:`Server`: raise ValueError unless the new global adapter

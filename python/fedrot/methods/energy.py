@@ -12,7 +12,9 @@ from fedrot.factors import Factors
 from fedrot.methods.base import stacked
 
 
-def singular_values(uploads: Sequence[Factors], weights: Tensor | None = None) -> dict[str, Tensor]:
+def singular_values(
+    uploads: Sequence[Factors], weights: Tensor | None = None, *, rounding: bool = False
+) -> dict[str, Tensor]:
     """Those of the exact average ``sum_i w_i B_i A_i`` of each layer: ``(n,)`` float64, descending.
 
     With the factors side by side and ``left = Q L``, ``right^T = P R``, they are those of
@@ -20,7 +22,7 @@ def singular_values(uploads: Sequence[Factors], weights: Tensor | None = None) -
     rank: what lies below ``max(d, k) eps max_i |w_i B_i A_i|`` is rounding of the factors, whose
     ``eps`` this is (float32's for narrower ones), and left out. With one client that is the rule of
     ``torch.linalg.matrix_rank``; measuring against the clients' products rather than their average
-    makes an average of zero have none.
+    makes an average of zero have none. With ``rounding`` nothing is left out.
     """
     values = {}
     for name, B in uploads[0].B.items():
@@ -29,11 +31,14 @@ def singular_values(uploads: Sequence[Factors], weights: Tensor | None = None) -
         left, right = stacked(layer, name, weights)
         L = torch.linalg.qr(left, mode="r").R
         R = torch.linalg.qr(right.T, mode="r").R
+        values[name] = torch.linalg.svdvals(L @ R.T)
+        if rounding:
+            continue
         products = zip(L.split(ranks, 1), R.split(ranks, 1), strict=True)
         largest = max(float(torch.linalg.matrix_norm(b @ a.T)) for b, a in products)
         eps = torch.finfo(torch.promote_types(B.dtype, torch.float32)).eps
-        found = torch.linalg.svdvals(L @ R.T)
-        values[name] = found[found > max(left.shape[0], right.shape[1]) * eps * largest]
+        least = max(left.shape[0], right.shape[1]) * eps * largest
+        values[name] = values[name][values[name] > least]
     return values
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fedrot.factors import Factors
 from fedrot.gauge import regauge
-from fedrot.methods.base import Method, Server, average, drawing, in_rspace, wide
+from fedrot.methods.base import Method, Server, arguments, average, drawing, in_rspace, wide
 from fedrot_kernels import ALIGN_MODES, rspace
 
 
@@ -29,8 +29,10 @@ class FedRot(Method):
     For ablations, ``rotation``: ``"random"`` turns every client by a rotation of its own,
     ``"scale"`` replaces the rotation by the scalar ``s`` that fits ``s A_i`` to ``A_ref`` (or
     ``s B_i`` to ``B_ref``), to the power ``lam``, the other factor being divided by it;
-    ``"shifted"`` is ``polar(M + eps |M| I)`` in the place of the soft rotation. ``lag=2``: the
-    reference is the global adapter of a round before the one that the clients started from.
+    ``"shifted"`` is ``polar(M + eps |M| I)`` in the place of the soft rotation. ``lam`` is nothing
+    to ``"random"`` and ``"shifted"``, ``eps`` to all but the latter: there they must keep their
+    defaults. ``lag=2``: the reference is the global adapter of a round before the one that the
+    clients started from.
     """
 
     name: ClassVar[str] = "FedRot-LoRA"
@@ -61,10 +63,23 @@ class FedRot(Method):
             raise ValueError(
                 f"align must be joint, A, B or alternate for rotation=shifted, got {self.align!r}"
             )
-        if self.eps < 0:
-            raise ValueError(f"eps must not be negative, got {self.eps}")
+        if not 0 <= self.eps < float("inf"):
+            raise ValueError(f"eps must be finite and not negative, got {self.eps}")
+        used = self.takes({"rotation": self.rotation})
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in used and value != f.default:
+                raise ValueError(
+                    f"{f.name} has no effect with rotation={self.rotation}, got {value!r}"
+                )
         if self.lag not in (1, 2):
             raise ValueError(f"lag must be 1 or 2, got {self.lag}")
+
+    @classmethod
+    def takes(cls, given: Mapping[str, Any]) -> set[str]:
+        rotation = given.get("rotation", cls.rotation)
+        idle = {"lam"} if rotation in ("random", "shifted") else set()
+        return super().takes(given) - idle - (set() if rotation == "shifted" else {"eps"})
 
     @classmethod
     def one_by_one(cls, lam: float, align: str, proper: bool) -> FedRot:
@@ -116,6 +131,22 @@ class FedRot(Method):
         if self.rotation != "procrustes":
             return average(uploads, reference, weights)
         return average(uploads, reference, weights, lam=lam, align=align, proper=self.proper)
+
+    def chosen_lam(
+        self,
+        uploads: Sequence[Factors],
+        reference: Factors,
+        weights: Tensor | None = None,
+        *,
+        round: int = 1,
+    ) -> Tensor | None:
+        """The values that :meth:`aggregate` takes where ``lam`` is ``"auto"``, ``(L, 1)``, or
+        ``"auto-client"``, ``(L, N)``; ``None`` where it is a number."""
+        lam, align = self.schedule(round)
+        if not isinstance(lam, str):
+            return None
+        given = arguments(uploads, reference)
+        return rspace.chosen_lam(*given, weights, align=align, lam=lam, proper=self.proper)
 
     def _shifted(self, align: str) -> rspace.Solver:
         def solve(blocks: rspace.Blocks) -> tuple[Tensor, Tensor]:

@@ -123,19 +123,21 @@ def _aggregate_options(method: Tree, head: bool) -> str | None:
         return "--rule exact"
     if name == "robust" and method["rule"] == "clip" and (head or method["bound"]):
         return None  # there is no --bound; here heads are clipped around the untrained one
+    turn, rule = f"--lam {method.get('lam')}", ""
     if name == "robust":
         count = method["attackers"]
         rule = f" --rule {method['rule']}{'' if count is None else f' --attackers {count}'}"
-    elif name == "fedrot" and method["rotation"] == "procrustes":
+    elif name == "fedrot" and method["rotation"] in ("procrustes", "shifted"):
         if method["align"] == "alternate":  # its first round is plain
             return "--lam 0.0"
-        rule = ""
+        if method["rotation"] == "shifted":
+            turn = f"--rotation shifted --eps {method['eps']}"
     else:
         return None
     align = "" if method["align"] == "joint" else f" --align {method['align']}"
     proper = f" --{'proper' if method['proper'] else 'improper'}"
     default = method["proper"] is (name == "fedrot")
-    return f"--lam {method['lam']}{rule}{align}{'' if default else proper}"
+    return f"{turn}{rule}{align}{'' if default else proper}"
 
 
 def _check(variants: Sequence[Variant], settings: Sequence[str], options: Tree) -> None:
@@ -147,23 +149,25 @@ def _check(variants: Sequence[Variant], settings: Sequence[str], options: Tree) 
             raise FedrotError(f"--{what} must name at least one")
         if twice := next((v for v in values if values.count(v) > 1), None):
             raise FedrotError(f"--{what} names {twice} twice")
-    for key in flatten({"method": options.get("method", {})}):
-        if not any(
-            key == "method.name" or has_option(v, key.removeprefix("method.")) for v in variants
-        ):
+    common = options.get("method", {})
+    for key in flatten({"method": common}):
+        option = key.removeprefix("method.")
+        if key != "method.name" and not any(has_option(v, option, common) for v in variants):
             raise FedrotError(f"none of the compared methods has the option {key!r}")
 
 
-def has_option(variant: Variant, option: str) -> bool:
-    """Whether the method has an option of that name."""
-    return option in {f.name for f in dataclasses.fields(METHODS[variant.options["name"]])}
+def has_option(variant: Variant, option: str, common: Any = None) -> bool:
+    """Whether the method has an option of that name, and use for it beside its own options and
+    the ``common`` ones of all methods."""
+    given = merge({"method": common}, {"method": variant.options})["method"]
+    return option in METHODS[variant.options["name"]].takes(given)
 
 
 def configure(options: Tree, variant: Variant, *later: Tree) -> Config:
     """The configuration of one run of a variant. Common method options reach the methods that
     have them; a variant's own options win, and ``later`` ones over all."""
     common = options.get("method", {})
-    common = {key: value for key, value in common.items() if has_option(variant, key)}
+    common = {key: value for key, value in common.items() if has_option(variant, key, common)}
     rest = {key: value for key, value in options.items() if key != "method"}
     return load(rest, {"method": merge(common, variant.options)}, *later)
 

@@ -104,15 +104,23 @@ class Experiment:
 
     def trials(self, variant: Variant) -> list[Tree]:
         """What to try for one method, options by dotted key; one empty trial without ``tune``."""
-        axes = {key: values for key, values in self.tune.items() if tunable(variant, key)}
+        axes = {key: values for key, values in self.tune.items() if self.tunable(variant, key)}
         return [
             dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
         ]
 
     def trial_seeds(self, variant: Variant) -> int:
         """Validation seeds a trial of one method: all methods get the same number of runs."""
-        lacking = (len(v) for key, v in self.tune.items() if not tunable(variant, key))
+        lacking = (len(v) for key, v in self.tune.items() if not self.tunable(variant, key))
         return self.tune_seeds * math.prod(lacking)
+
+    def tunable(self, variant: Variant, key: str) -> bool:
+        """Whether a method has the option and leaves it open."""
+        section, _, option = key.partition(".")
+        if section != "method":
+            return True
+        known = has_option(variant, option, self.options.get("method"))
+        return known and option not in variant.options
 
     def config(self, cell: Cell, variant: Variant, trial: Tree, seed: int, tuning: bool) -> Config:
         """The configuration of one run."""
@@ -122,11 +130,6 @@ class Experiment:
             *(nested(key, value) for key, value in trial.items()),
             {"seed": seed, **({"validation": VALIDATION} if tuning else {})},
         )
-
-
-def tunable(variant: Variant, key: str) -> bool:
-    section, _, option = key.partition(".")
-    return section != "method" or (has_option(variant, option) and option not in variant.options)
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
@@ -227,11 +230,13 @@ def _variants(methods: Sequence[Any]) -> list[Variant]:
 def _check_options(experiment: Experiment) -> None:
     """Methods are not given what they lack, so what all lack would change nothing."""
     varied = [*itertools.chain(*(_set_by(a, values) for a, values in experiment.vary.items()))]
+    common = [merge(experiment.options, cell.tree).get("method") for cell in experiment.cells]
+    given = [*itertools.product(experiment.methods, common)]
     for key in (*flatten(experiment.options), *varied, *experiment.tune):
         if key in ("seed", "validation"):
             raise FedrotError(f"{key} is set by the sweep itself: see seeds and first_seed")
         section, _, option = key.partition(".")
-        if section == "method" and not any(has_option(v, option) for v in experiment.methods):
+        if section == "method" and not any(has_option(v, option, own) for v, own in given):
             raise FedrotError(f"none of the methods has the option {key!r}")
         for variant in experiment.methods if section == "method" and key in varied else ():
             if option in variant.options:

@@ -103,9 +103,10 @@ class Kind(ABC):
         if isinstance(method, FedIT):
             return
         if not isinstance(method, FedRot) or method.rotation != "procrustes":
+            option = f"--rotation {method.rotation}" if isinstance(method, FedRot) else "--rule"
             raise FedrotError(
-                f"method: {method.name} (--rule) takes LoRA factors; {self.title} adapters are "
-                "merged by FedRot or FedIT (--rule mean)"
+                f"method: {method.name} ({option}) takes LoRA factors; {self.title} adapters are "
+                "merged by FedRot or FedIT (--rule mean, --rotation procrustes)"
             )
         if self.rotates:
             if isinstance(method.lam, str) or method.align not in ("joint", "A", "B"):
