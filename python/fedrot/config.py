@@ -5,6 +5,7 @@ Later sources win: defaults, the task's preset, the setting, the YAML file, the 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -297,6 +298,17 @@ def _check_attack(clients: Tree) -> None:
             raise FedrotError(
                 f"clients.{key}={clients[key]} needs clients.attackers, how many clients attack"
             )
+
+
+def without_idle(tree: Tree) -> Tree:
+    """The same, less the options of the method that have no effect beside its others: what older
+    versions wrote into ``config.yaml``, and this one refuses."""
+    method = tree.get("method")
+    if not isinstance(method, dict) or method.get("name") not in METHODS:
+        return tree
+    kind = METHODS[method["name"]]
+    idle = {f.name for f in dataclasses.fields(kind)} - kind.takes(method)
+    return {**tree, "method": {key: value for key, value in method.items() if key not in idle}}
 
 
 def _task_preset(task: Any) -> Tree:

@@ -271,6 +271,12 @@ def test_common_options_reach_the_methods_that_have_use_for_them(tmp_path):
     fedrot = experiment.methods[1]
     configs = [experiment.config(c, fedrot, {}, 0, tuning=False) for c in experiment.cells]
     assert [config.method for config in configs] == [FedRot(), found]
+    file.write_text(yaml.safe_dump({**sweep, "tune": {"method.eps": [0.1, 0.2]}, "options": {}}))
+    with pytest.raises(FedrotError, match=r"tune: method.eps has an effect on .* in some cells"):
+        read_experiment(file)
+    attacked = {"options": {"clients.attack": "noise"}, "tune": {"clients.attackers": [0, 1]}}
+    file.write_text(yaml.safe_dump({"title": "t", "methods": ["fedit"], **attacked}))
+    assert len(read_experiment(file).trials(fedrot)) == 2
     sweep = {"title": "t", "methods": ["fedit", "fedrot", "fedrot:rotation=random"]}
     file.write_text(yaml.safe_dump({**sweep, "tune": {"method.lam": [0.2, 0.6]}}))
     experiment = read_experiment(file)

@@ -144,6 +144,10 @@ def test_what_a_run_folder_refuses(tmp_path):
         (path / "config.yaml").write_text(text)
         with pytest.raises(FedrotError, match=r"config\.yaml is corrupt .*--force starts"):
             open_run(path, config, resume=True)
+    turned = small("fedrot", "rounds=1", "method.rotation=random").tree()
+    older = merge(turned, {"method": {"lam": 1.0}})  # has no effect, and is refused today
+    (path / "config.yaml").write_text(yaml.safe_dump(older))
+    assert open_run(path, turned, resume=True).path == path
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     RunDir(path).finish({"accuracy": 1.0})
     with pytest.raises(FedrotError, match="finished run; --force replaces it"):

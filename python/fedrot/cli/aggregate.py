@@ -305,8 +305,9 @@ def _warn_if_worse(merged: Merged, method: FedRot | FlexLoRA | Robust) -> None:
     measured = merged.misalignment
     norm, plain, aligned = (total(e) for e in (measured.norm, measured.plain, measured.aligned))
     if isinstance(method, FedRot) and aligned > plain + 1e-4 * norm:  # more than rounding
-        message = "note: aligning increased the error on these adapters; --lam 0 averages plainly"
-        typer.echo(message, err=True)
+        instead = " instead of --rotation shifted" if method.rotation == "shifted" else ""
+        message = f"note: aligning increased the error on these adapters; --lam 0{instead}"
+        typer.echo(f"{message} averages plainly", err=True)
 
 
 def _how(method: FedRot | FlexLoRA | Robust) -> str:

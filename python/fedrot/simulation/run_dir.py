@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from fedrot.config import Config
+from fedrot.config import Config, without_idle
 from fedrot.errors import FedrotError, Refused
 from fedrot.files import is_left, left_behind, new_file, remove, write_json, write_text
 from fedrot.options import Tree, build, first_difference, read_yaml
@@ -150,7 +150,9 @@ def _same_config(path: Path, config: Tree) -> None:
         given = read_yaml(file)
         if not given:
             raise FedrotError("it is empty")
-        stored = build(Config, given).tree()  # options newer than the run have their defaults
+        stored = build(
+            Config, without_idle(given)
+        ).tree()  # options newer than the run have their defaults
     except FedrotError as error:
         raise Refused(f"{file} is corrupt ({error})", "--force starts the run again") from error
     if difference := first_difference(stored, config):

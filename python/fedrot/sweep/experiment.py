@@ -119,8 +119,9 @@ class Experiment:
         section, _, option = key.partition(".")
         if section != "method":
             return True
-        known = has_option(variant, option, self.options.get("method"))
-        return known and option not in variant.options
+        # The same in every cell: _check_options() refuses anything else.
+        common = merge(self.options, self.cells[0].tree).get("method")
+        return has_option(variant, option, common) and option not in variant.options
 
     def config(self, cell: Cell, variant: Variant, trial: Tree, seed: int, tuning: bool) -> Config:
         """The configuration of one run."""
@@ -241,6 +242,11 @@ def _check_options(experiment: Experiment) -> None:
         for variant in experiment.methods if section == "method" and key in varied else ():
             if option in variant.options:
                 raise FedrotError(f"vary sets {key}, which {variant.label} sets itself")
+        for variant in experiment.methods if section == "method" and key in experiment.tune else ():
+            if len({has_option(variant, option, own) for own in common}) > 1:
+                raise FedrotError(
+                    f"tune: {key} has an effect on {variant.label} in some cells only"
+                )
 
 
 def _set_by(axis: str, values: Sequence[Any]) -> list[str]:
@@ -326,8 +332,8 @@ def _check_runs(experiment: Experiment) -> None:
     for cell in experiment.cells:
         runs: dict[str, Any] = {}
         for variant in experiment.methods:
-            tree = experiment.config(cell, variant, {}, 0, tuning=False).tree()
-            run = tree, experiment.trials(variant)
+            trials = experiment.trials(variant)
+            run = experiment.config(cell, variant, trials[0], 0, tuning=False).tree(), trials
             if twice := next((label for label, other in runs.items() if other == run), None):
                 where = f" ({cell.label})" if cell.options else ""
                 raise FedrotError(f"methods: {variant.label} is the same as {twice}{where}")
