@@ -304,7 +304,7 @@ def without_idle(tree: Tree) -> Tree:
     """The same, less the options of the method that have no effect beside its others: what older
     versions wrote into ``config.yaml``, and this one refuses."""
     method = tree.get("method")
-    if not isinstance(method, dict) or method.get("name") not in METHODS:
+    if not isinstance(method, dict) or method.get("name") not in [*METHODS]:
         return tree
     kind = METHODS[method["name"]]
     idle = {f.name for f in dataclasses.fields(kind)} - kind.takes(method)
