@@ -41,6 +41,7 @@ inline void product_tile(int terms, const Term<Acc, T>* term, std::int64_t row, 
       for (int q = 0; q < Q; ++q) sums[p][q] = load_row(C + p * c_row, q);
     }
   }
+  // Few rows are a small rank, where so many multiply-adds stand for more than a line of memory.
   constexpr int multiply_adds = P * Q * lanes<Acc>, steps = P <= 4 && multiply_adds >= 128 ? 2 : 1;
   for (int s = 0; s < terms; ++s) {
     const Term<Acc, T>& t = term[s];

@@ -34,6 +34,7 @@ inline void dot_tile(int count, const T* X, std::int64_t x_row, const Acc* Y, st
     FEDROT_UNROLL
     for (int q = 0; q < Q; ++q) s[p][q] = load(sums + (p * cols + q) * lanes<Acc>);
   }
+  // Rank 4, of which only A is aligned, reads two thirds of a byte a multiply-add: 96 are a line.
   constexpr int multiply_adds = P * Q * lanes<Acc>, steps = (multiply_adds + 95) / 96;
   Stream stream =
       take(ahead, multiply_adds / steps, steps * ((count + lanes<Acc> - 1) / lanes<Acc>));

@@ -150,9 +150,8 @@ def _same_config(path: Path, config: Tree) -> None:
         given = read_yaml(file)
         if not given:
             raise FedrotError("it is empty")
-        stored = build(
-            Config, without_idle(given)
-        ).tree()  # options newer than the run have their defaults
+        # Options newer than the run have their defaults.
+        stored = build(Config, without_idle(given)).tree()
     except FedrotError as error:
         raise Refused(f"{file} is corrupt ({error})", "--force starts the run again") from error
     if difference := first_difference(stored, config):
