@@ -15,7 +15,13 @@ its rank mean nothing.
 
 from __future__ import annotations
 
-from fedrot_kernels.rspace.averages import Solver, aggregate, chosen_lam, combined, truncation
+from fedrot_kernels.rspace.averages import (
+    Solver,
+    aggregate,
+    aggregate_with_lam,
+    combined,
+    truncation,
+)
 from fedrot_kernels.rspace.blocks import Blocks
 from fedrot_kernels.rspace.rotations import (
     ALIGN,
@@ -33,9 +39,9 @@ __all__ = [
     "Blocks",
     "Solver",
     "aggregate",
+    "aggregate_with_lam",
     "auto_lam",
     "check_lam",
-    "chosen_lam",
     "client_lam",
     "combined",
     "gpa",

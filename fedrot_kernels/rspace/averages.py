@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fedrot_kernels.checks import check
 from fedrot_kernels.rspace.blocks import Blocks, spectrum
-from fedrot_kernels.rspace.rotations import check_options, fitted, rotations
-from fedrot_kernels.rspace.softness import AUTO, found_lam
+from fedrot_kernels.rspace.rotations import check_options, rotations_with_lam
 
 BYTES = 256 << 20  # of Gram blocks at a time
 
@@ -43,16 +42,13 @@ def aggregate(
     Raises:
         ValueError, TypeError: as ``align_aggregate``.
     """
-    check_options(align, lam)
-
-    def solve(blocks: Blocks) -> tuple[Tensor, Tensor]:
-        U = blocks.stacked(rotations(blocks, align=align, lam=lam, proper=proper))
-        return U, U
-
-    return combined(lora_A, lora_B, ref_A, ref_B, weights, solve)
+    A, B, _ = aggregate_with_lam(
+        lora_A, lora_B, ref_A, ref_B, weights, align=align, lam=lam, proper=proper
+    )
+    return A, B
 
 
-def chosen_lam(
+def aggregate_with_lam(
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     ref_A: Sequence[Tensor],
@@ -60,23 +56,27 @@ def chosen_lam(
     weights: Tensor | None = None,
     *,
     align: str = "optimal",
-    lam: str = "auto",
+    lam: float | str = 1.0,
     proper: bool = True,
-) -> Tensor:
-    """The values that :func:`aggregate` takes for ``lam="auto"``, ``(L, 1)``, or
-    ``"auto-client"``, ``(L, N)``. It finds them anew, from blocks of its own.
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """:func:`aggregate`, and the ``lam`` of every layer ``(L, 1)``, with ``"auto-client"`` that of
+    every client there, ``(L, N)``.
 
     Raises:
-        ValueError, TypeError: as ``aggregate``, or ``lam`` is a number.
+        ValueError, TypeError: as ``aggregate``.
     """
     check_options(align, lam)
-    if lam not in AUTO:
-        raise ValueError(f"lam must be {' or '.join(AUTO)}, got {lam!r}")
-    found: dict[int, Tensor] = {}
-    for batch, _, blocks in _each_batch(lora_A, lora_B, ref_A, ref_B, weights):
-        R = fitted(blocks, align, proper=proper)
-        found.update(zip(batch, found_lam(blocks, R, lam, proper=proper), strict=True))
-    return torch.stack([found[layer] for layer in range(len(ref_A))])
+    found: list[Tensor] = []
+
+    def solve(blocks: Blocks) -> tuple[Tensor, Tensor]:
+        R, values = rotations_with_lam(blocks, align=align, lam=lam, proper=proper)
+        found.append(values)
+        U = blocks.stacked(R)
+        return U, U
+
+    A, B = combined(lora_A, lora_B, ref_A, ref_B, weights, solve)
+    order = [layer for batch in _batches(ref_A, len(lora_A) // len(ref_A)) for layer in batch]
+    return A, B, torch.cat(found)[torch.tensor(order).argsort()]
 
 
 def combined(
@@ -89,22 +89,6 @@ def combined(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """``A = U_A^T stack(A)``, ``B = stack(B) U_B`` of every layer with what ``solve`` finds."""
     A, B = list(ref_A), list(ref_B)  # replaced below
-    for batch, part, blocks in _each_batch(lora_A, lora_B, ref_A, ref_B, weights):
-        mixes = (U.reshape(blocks.ref_A.shape) for U in solve(blocks))
-        some_A, some_B = torch.ops.fedrot.combine(*part, *mixes)
-        for layer, layer_A, layer_B in zip(batch, some_A, some_B, strict=True):
-            A[layer], B[layer] = layer_A, layer_B
-    return A, B
-
-
-def _each_batch(
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    ref_A: Sequence[Tensor],
-    ref_B: Sequence[Tensor],
-    weights: Tensor | None,
-) -> Iterator[tuple[list[int], list[list[Tensor]], Blocks]]:
-    """Numbers of layers, their four lists of factors, and their blocks."""
     layers = len(ref_A)
     if layers == 0 or len(ref_B) != layers or len(lora_A) % layers or len(lora_A) != len(lora_B):
         check(lora_A, lora_B, ref_A, ref_B, weights, 1.0, "joint")
@@ -114,7 +98,12 @@ def _each_batch(
             part = [
                 [t[i + layer] for i in range(0, len(t), layers) for layer in batch] for t in part
             ]
-        yield batch, part, Blocks.of(part[0], part[1], part[2], part[3], weights)
+        blocks = Blocks.of(part[0], part[1], part[2], part[3], weights)
+        mixes = (U.reshape(blocks.ref_A.shape) for U in solve(blocks))
+        some_A, some_B = torch.ops.fedrot.combine(*part, *mixes)
+        for layer, layer_A, layer_B in zip(batch, some_A, some_B, strict=True):
+            A[layer], B[layer] = layer_A, layer_B
+    return A, B
 
 
 def _batches(ref_A: Sequence[Tensor], clients: int) -> Iterator[list[int]]:

@@ -164,18 +164,23 @@ def rotations(
     Raises:
         ValueError: ``align`` is not of ``ALIGN``, or ``lam`` neither in [0, 1] nor of ``AUTO``.
     """
+    return rotations_with_lam(blocks, align=align, lam=lam, proper=proper)[0]
+
+
+def rotations_with_lam(
+    blocks: Blocks, *, align: str = "optimal", lam: float | str = 1.0, proper: bool = True
+) -> tuple[Tensor, Tensor]:
+    """:func:`rotations`, and the ``lam`` that softened them: ``(L, 1)``, or with ``"auto-client"``
+    ``(L, N)``."""
     check_options(align, lam)
-    R = fitted(blocks, align, proper=proper)
-    if isinstance(lam, str):
-        return turned(R, found_lam(blocks, R, lam, proper=proper), proper=proper)
-    return soften(R, float(lam), proper=proper)
-
-
-def fitted(blocks: Blocks, align: str, *, proper: bool = True) -> Tensor:
-    """``R*`` ``(L, N, r, r)`` of any ``align``."""
     if align in ALIGN_MODES:
-        return procrustes(blocks, align, proper=proper)
-    return (gpa if align == "gpa" else optimal)(blocks, proper=proper)
+        R = procrustes(blocks, align, proper=proper)
+    else:
+        R = (gpa if align == "gpa" else optimal)(blocks, proper=proper)
+    if isinstance(lam, str):
+        values = found_lam(blocks, R, lam, proper=proper)
+        return turned(R, values, proper=proper), values
+    return soften(R, float(lam), proper=proper), R.new_full((len(R), 1), lam)
 
 
 def check_options(align: str, lam: float | str) -> None:

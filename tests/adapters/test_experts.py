@@ -211,7 +211,7 @@ def test_measure_takes_the_experts_of_a_layer_together(tools):
     # The mean of its experts' `lam`.
     merged = fedrot.aggregate(models, method=FedRot("auto"))
     uploads, found = merged.uploads, merged.misalignment.by_layer()[name]["lam"]
-    each = FedRot("auto").chosen_lam(uploads.clients, uploads.reference)[:, 0].tolist()
+    each = FedRot("auto").aggregate_with_lam(uploads.clients, uploads.reference)[1][:, 0].tolist()
     of = dict(zip(uploads.reference.A, each, strict=True))
     own = [of[pair] for pair in uploads.target.keys.layers[name].pairs]
     assert found == pytest.approx(sum(own) / EXPERTS) and len({*own}) > 1

@@ -47,13 +47,19 @@ def test_by_hand():
     assert float(blocks.error_square(exact)) == pytest.approx(0, abs=1e-15)
 
 
-def test_chosen_lam_of_layers_of_several_ranks(monkeypatch):
+def test_lam_of_layers_of_several_ranks(monkeypatch):
     """What `auto_lam` and `client_lam` give for each layer alone, in the order of the layers."""
     shapes = [(9, 14, 4), (31, 8, 2), (12, 10, 4), (7, 9, 4)]
     inputs = planted(3, shapes, torch.float64, noise=3.0, seed=4)
     weights = torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
     monkeypatch.setattr(rspace.averages, "BYTES", 5000)  # two layers of rank 4
-    one, each = (rspace.chosen_lam(*inputs, weights, align="joint", lam=lam) for lam in rspace.AUTO)
+    found = {}
+    for lam in (*rspace.AUTO, 0.3):
+        A, B, found[lam] = rspace.aggregate_with_lam(*inputs, weights, align="joint", lam=lam)
+        expected = rspace.aggregate(*inputs, weights, align="joint", lam=lam)
+        assert all(map(torch.equal, (*A, *B), (*expected[0], *expected[1])))
+    one, each = (found[lam] for lam in rspace.AUTO)
+    assert found[0.3].tolist() == [[0.3]] * 4
     assert (one.shape, each.shape) == ((4, 1), (4, 3))
     for layer in range(4):
         blocks = Blocks.of(*(t[layer::4] for t in inputs), weights)
@@ -61,8 +67,6 @@ def test_chosen_lam_of_layers_of_several_ranks(monkeypatch):
         assert one[layer].tolist() == rspace.auto_lam(blocks, R).tolist()
         assert each[layer].tolist() == rspace.client_lam(blocks, R)[0].tolist()
     assert len({*one.flatten().tolist()}) > 2  # that an order can be wrong
-    with pytest.raises(ValueError, match=r"lam must be auto or auto-client, got 0.5"):
-        rspace.chosen_lam(*inputs, lam=0.5)
 
 
 def test_half_a_turn_by_hand():

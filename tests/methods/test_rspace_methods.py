@@ -109,15 +109,16 @@ def test_a_setting_gives_lam_where_it_has_an_effect(setting):
 
 
 @pytest.mark.parametrize("align", ["joint", "alternate", "gpa"])
-def test_chosen_lam_is_what_the_average_was_made_with(align):
+def test_the_average_was_made_with_the_lam_that_was_found(align):
     uploads, reference, weights = federation(ranks=(4, 4, 4))
     weights = weights[:3]
     for lam, columns in (("auto", 1), ("auto-client", 3)):
         method = FedRot(lam, align)
-        found = method.chosen_lam(uploads, reference, weights, round=3)
+        result, found = method.aggregate_with_lam(uploads, reference, weights, round=3)
         assert found.shape == (2, columns)
         assert float(found.min()) < 1  # not what a whole rotation would do, too
-        result = method.aggregate(uploads, reference, weights, round=3)
+        again = method.aggregate(uploads, reference, weights, round=3)
+        assert all(torch.equal(again.A[m], result.A[m]) for m in SHAPES)
         whole = FedRot(1.0, align)
         for layer, m in enumerate(SHAPES):
             ours = [Factors({m: u.A[m]}, {m: u.B[m]}) for u in (*uploads, reference)]
@@ -131,8 +132,9 @@ def test_chosen_lam_is_what_the_average_was_made_with(align):
                 A, B = A + w[i] * (U @ Vh).mT @ u.A[m], B + w[i] * u.B[m] @ U @ Vh
             torch.testing.assert_close(result.A[m], A, rtol=0, atol=1e-6)
             torch.testing.assert_close(result.B[m], B, rtol=0, atol=1e-6)
-    assert FedRot("auto", "alternate").chosen_lam(uploads, reference, round=0) is None  # plain
-    assert FedRot(0.5).chosen_lam(uploads, reference) is None
+    plain = FedRot("auto", "alternate").aggregate_with_lam(uploads, reference, round=0)
+    assert plain[1] is None
+    assert FedRot(0.5).aggregate_with_lam(uploads, reference)[1] is None
 
 
 def test_flexlora_in_the_gauge_of_the_reference_stays_there():

@@ -59,21 +59,26 @@ class Misalignment:
         }
 
 
-def measure(uploads: Uploads, method: Method, aligned: Factors | None = None) -> Misalignment:
-    """Compare `method` with plain averaging; `aligned` is its result where that is known.
+def measure(
+    uploads: Uploads,
+    method: Method,
+    aligned: Factors | None = None,
+    lam: Tensor | None = None,
+) -> Misalignment:
+    """Compare `method` with plain averaging; `aligned` is its result where that is known, and
+    `lam` what it found for "auto".
 
     The angles are those of the rotations that `method` fits, if it does, else of the joint ones.
     """
     if aligned is None:
-        aligned = method.aggregate(uploads.clients, uploads.reference, uploads.weights)
+        aligned, lam = method.aggregate_with_lam(
+            uploads.clients, uploads.reference, uploads.weights
+        )
     plain = FedIT().aggregate(uploads.clients, uploads.reference, uploads.weights)
     scaled = [delta(client, uploads.scalings) for client in uploads.clients]
     rotation = method if isinstance(method, FedRot | Robust) else FedRot()
     align = rotation.align if rotation.align in ALIGN_MODES else "joint"
     angles = rotation_angles(uploads.clients, uploads.reference, align, rotation.proper)
-    lam = None
-    if isinstance(method, FedRot):
-        lam = method.chosen_lam(uploads.clients, uploads.reference, uploads.weights)
     values = singular_values(scaled, uploads.weights, rounding=True)
     beyond = {pair: float(v[aligned.A[pair].shape[0] :].norm()) for pair, v in values.items()}
     return Misalignment(

@@ -52,6 +52,7 @@ class Merged:
     method: Method
     spectrum: Spectrum | None = None  # where it decided the ranks
     distances: dict[str, float] | None = None  # None for LoRA; see `kinds.align`
+    lam: Tensor | None = None  # what was found for "auto": see `Method.aggregate_with_lam`
 
     @property
     def lora_config(self) -> PeftConfig:
@@ -72,7 +73,7 @@ class Merged:
         when first asked for."""
         if kind := self.uploads.target.kind:
             raise FedrotError(f"{kind.title} has no products B A to measure; see distances")
-        return measure(self.uploads, self.method, stored(self.uploads, self.tensors))
+        return measure(self.uploads, self.method, stored(self.uploads, self.tensors), self.lam)
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write a folder that `PeftModel.from_pretrained` loads, and where it came from.
@@ -261,9 +262,9 @@ def merge(uploads: Uploads, method: Method) -> Merged:
         factors = uploads.reference
         tensors = result(uploads, factors, method)
         return Merged(config, tensors, factors, uploads, method, distances=distances)
-    factors = method.aggregate(uploads.clients, uploads.like, uploads.weights)
+    factors, lam = method.aggregate_with_lam(uploads.clients, uploads.like, uploads.weights)
     tensors = result(uploads, factors, method)
-    return Merged(config, tensors, factors, uploads, method)
+    return Merged(config, tensors, factors, uploads, method, lam=lam)
 
 
 def _origin(adapter: Adapter) -> dict[str, Any]:

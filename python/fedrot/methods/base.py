@@ -119,6 +119,18 @@ class Method(ABC):
             generator: for methods that draw; ``None`` gives one that depends on ``round`` alone.
         """
 
+    def aggregate_with_lam(
+        self,
+        uploads: Sequence[Factors],
+        reference: Factors,
+        weights: Tensor | None = None,
+        *,
+        round: int = 1,
+    ) -> tuple[Factors, Tensor | None]:
+        """:meth:`aggregate`, and the ``lam`` that it found: ``(L, 1)``, or ``(L, N)`` where every
+        client has its own; ``None`` where there was none to find."""
+        return self.aggregate(uploads, reference, weights, round=round), None
+
     def average_rest(
         self,
         rest: Sequence[Mapping[str, Tensor]],
@@ -176,6 +188,21 @@ def average(
     function = torch.ops.fedrot.align_aggregate if operator else rspace.aggregate
     given = arguments(uploads, reference)
     return _factors(reference, function(*given, weights, lam=lam, align=align, proper=proper))
+
+
+def average_with_lam(
+    uploads: Sequence[Factors],
+    reference: Factors,
+    weights: Tensor | None = None,
+    *,
+    lam: str,
+    align: str = "joint",
+    proper: bool = True,
+) -> tuple[Factors, Tensor]:
+    """``rspace.aggregate_with_lam`` on :class:`Factors`."""
+    given = arguments(uploads, reference)
+    A, B, found = rspace.aggregate_with_lam(*given, weights, lam=lam, align=align, proper=proper)
+    return _factors(reference, (A, B)), found
 
 
 def in_rspace(

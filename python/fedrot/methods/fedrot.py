@@ -11,7 +11,15 @@ from torch import Tensor
 
 from fedrot.factors import Factors
 from fedrot.gauge import regauge
-from fedrot.methods.base import Method, Server, arguments, average, drawing, in_rspace, wide
+from fedrot.methods.base import (
+    Method,
+    Server,
+    average,
+    average_with_lam,
+    drawing,
+    in_rspace,
+    wide,
+)
 from fedrot_kernels import ALIGN_MODES, rspace
 
 
@@ -132,21 +140,20 @@ class FedRot(Method):
             return average(uploads, reference, weights)
         return average(uploads, reference, weights, lam=lam, align=align, proper=self.proper)
 
-    def chosen_lam(
+    def aggregate_with_lam(
         self,
         uploads: Sequence[Factors],
         reference: Factors,
         weights: Tensor | None = None,
         *,
         round: int = 1,
-    ) -> Tensor | None:
-        """The values that :meth:`aggregate` takes where ``lam`` is ``"auto"``, ``(L, 1)``, or
-        ``"auto-client"``, ``(L, N)``; ``None`` where it is a number."""
+    ) -> tuple[Factors, Tensor | None]:
         lam, align = self.schedule(round)
         if not isinstance(lam, str):
-            return None
-        given = arguments(uploads, reference)
-        return rspace.chosen_lam(*given, weights, align=align, lam=lam, proper=self.proper)
+            return super().aggregate_with_lam(uploads, reference, weights, round=round)
+        return average_with_lam(
+            uploads, reference, weights, lam=lam, align=align, proper=self.proper
+        )
 
     def _shifted(self, align: str) -> rspace.Solver:
         def solve(blocks: rspace.Blocks) -> tuple[Tensor, Tensor]:
