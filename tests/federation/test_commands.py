@@ -274,6 +274,11 @@ def test_common_options_reach_the_methods_that_have_use_for_them(tmp_path):
     file.write_text(yaml.safe_dump({**sweep, "tune": {"method.eps": [0.1, 0.2]}, "options": {}}))
     with pytest.raises(FedrotError, match=r"tune: method.eps has an effect on .* in some cells"):
         read_experiment(file)
+    for other in ({"method.eps": [0.1, 0.2]}, {"method.lam": [0.2, 0.6]}):
+        tune = {"method.rotation": ["procrustes", "shifted"], **other}
+        file.write_text(yaml.safe_dump({**sweep, "vary": {}, "tune": tune, "options": {}}))
+        with pytest.raises(FedrotError, match=rf"{[*other][0]} .* hangs on method.rotation, which"):
+            read_experiment(file)
     attacked = {"options": {"clients.attack": "noise"}, "tune": {"clients.attackers": [0, 1]}}
     file.write_text(yaml.safe_dump({"title": "t", "methods": ["fedit"], **attacked}))
     assert len(read_experiment(file).trials(fedrot)) == 2
@@ -317,6 +322,7 @@ def test_paired_interval():
     assert result.differences(first) == [] and paired([]) is None and paired([0.1]) is None
     differences = result.differences(second)
     assert mean_std(differences) == (pytest.approx(0.2), pytest.approx(0.1))
+    assert mean_std([0.5, float("inf")]) == (float("inf"), None)  # an error that overflows
     half = 4.302653 * 0.1 / math.sqrt(3)  # Student's t, 2 degrees of freedom, two-sided 95 %
     found = paired(differences)
     assert (found.low, found.high) == (pytest.approx(0.2 - half), pytest.approx(0.2 + half))

@@ -174,3 +174,22 @@ def test_a_long_label_stays_in_the_picture(monkeypatch):
     box, (ax,) = text.get_window_extent(), figure.axes
     assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
     assert figure.bbox.y0 <= box.y0 and box.y1 < ax.get_tightbbox().y0
+
+
+def test_long_titles_of_panels_do_not_touch(monkeypatch):
+    monkeypatch.setattr(sweep_plots, "png_bytes", lambda figure: figure)
+    cells = [
+        "alpha 0.1, personal_head False, optimizer adam, lr 0.01",
+        "alpha 100.0, personal_head False, optimizer sgd, lr 0.3",
+        f"column {'a-very-long-name-' * 12}",
+    ]
+    figure = sweep_plots.bars({cell: {"FedIT": (0.9, 0.1)} for cell in cells}, "accuracy")
+    figure.canvas.draw()
+    titles = [ax._left_title for ax in figure.axes]
+    for title, cell in zip(titles[:2], cells, strict=False):
+        assert title.get_text().split() == cell.split()
+    assert titles[2].get_text().endswith("…")
+    boxes = [title.get_window_extent() for title in titles]
+    for left, right in zip(boxes, [*boxes[1:], None], strict=True):
+        assert left.x1 < (right.x0 if right else figure.bbox.x1)
+        assert left.y1 <= figure.bbox.y1

@@ -154,6 +154,7 @@ def test_reference_of_the_round_before():
         ({"rotation": "shifted", "lam": 0.0}, "lam has no effect with rotation=shifted, got 0.0"),
         ({"rotation": "shifted", "lam": "auto"}, "lam has no effect with .*=shifted, got 'auto'"),
         ({"eps": 0.1}, "eps has no effect with rotation=procrustes, got 0.1"),
+        ({"rotation": "random", "align": "A"}, "align has no effect with rotation=random, got 'A'"),
         ({"rotation": "random", "eps": 0.1}, "eps has no effect with rotation=random, got 0.1"),
         ({"rotation": "shifted", "eps": float("nan")}, "eps must be finite and not negative, got"),
     ],

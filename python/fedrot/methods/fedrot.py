@@ -38,8 +38,8 @@ class FedRot(Method):
     ``"scale"`` replaces the rotation by the scalar ``s`` that fits ``s A_i`` to ``A_ref`` (or
     ``s B_i`` to ``B_ref``), to the power ``lam``, the other factor being divided by it;
     ``"shifted"`` is ``polar(M + eps |M| I)`` in the place of the soft rotation. ``lam`` is nothing
-    to ``"random"`` and ``"shifted"``, ``eps`` to all but the latter: there they must keep their
-    defaults. ``lag=2``: the reference is the global adapter of a round before the one that the
+    to ``"random"`` and ``"shifted"``, ``align`` to the former, ``eps`` to all but the latter: there
+    they must keep their defaults. ``lag=2``: the reference is the global adapter of a round before the one that the
     clients started from.
     """
 
@@ -86,8 +86,8 @@ class FedRot(Method):
     @classmethod
     def takes(cls, given: Mapping[str, Any]) -> set[str]:
         rotation = given.get("rotation", cls.rotation)
-        idle = {"lam"} if rotation in ("random", "shifted") else set()
-        return super().takes(given) - idle - (set() if rotation == "shifted" else {"eps"})
+        idle = {"random": {"lam", "align", "eps"}, "shifted": {"lam"}}
+        return super().takes(given) - idle.get(str(rotation), {"eps"})
 
     @classmethod
     def one_by_one(cls, lam: float, align: str, proper: bool) -> FedRot:

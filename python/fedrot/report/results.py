@@ -98,11 +98,12 @@ def clients_alone(group: Group) -> Group | None:
 
 
 def mean_std(values: Sequence[float] | None) -> MeanStd | None:
-    """Mean and sample standard deviation."""
+    """Mean and sample standard deviation, which one value has not, nor values that are not
+    finite."""
     if not values:
         return None
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return statistics.fmean(values), std
+    mean = statistics.fmean(values)
+    return mean, statistics.stdev(values) if len(values) > 1 and math.isfinite(mean) else None
 
 
 def paired(differences: Sequence[float]) -> Difference | None:

@@ -108,10 +108,15 @@ def _panels(
     labels = list(next(iter(panels.values())))
     width = 2.4 + 2.6 * len(panels)
     lines = textwrap.wrap(xlabel, int(11 * width), break_on_hyphens=False)
-    height = 0.93 + 0.28 * len(labels) + 0.17 * len(lines)
+    titles = [
+        "\n".join(textwrap.wrap(title, 33, max_lines=4, placeholder=" …", break_on_hyphens=False))
+        for title in panels
+    ]
+    most = max(title.count("\n") for title in titles)
+    height = 0.93 + 0.28 * len(labels) + 0.17 * (len(lines) + most)
     with themed_figure(theme, len(panels), width, height, shared=True) as (figure, axes):
-        for ax, title in zip(axes, panels, strict=True):
-            ax.set_title(shortened(title), loc="left", fontsize=10)
+        for ax, title in zip(axes, titles, strict=True):
+            ax.set_title(title, loc="left", fontsize=10)
             ax.grid(axis="y", visible=False)
             ax.locator_params(axis="x", nbins=5)  # labels of more would touch
         axes[0].set_yticks(range(len(labels)), labels)

@@ -233,6 +233,7 @@ def _check_options(experiment: Experiment) -> None:
     varied = [*itertools.chain(*(_set_by(a, values) for a, values in experiment.vary.items()))]
     common = [merge(experiment.options, cell.tree).get("method") for cell in experiment.cells]
     given = [*itertools.product(experiment.methods, common)]
+    _check_tuned_alone(experiment)
     for key in (*flatten(experiment.options), *varied, *experiment.tune):
         if key in ("seed", "validation"):
             raise FedrotError(f"{key} is set by the sweep itself: see seeds and first_seed")
@@ -247,6 +248,18 @@ def _check_options(experiment: Experiment) -> None:
                 raise FedrotError(
                     f"tune: {key} has an effect on {variant.label} in some cells only"
                 )
+
+
+def _check_tuned_alone(experiment: Experiment) -> None:
+    """Whether a tuned option has an effect must not hang on another one that is tuned."""
+    tuned = [key.removeprefix("method.") for key in experiment.tune if key.startswith("method.")]
+    for variant, key, by in itertools.product(experiment.methods, tuned, tuned):
+        values = [{by: value} for value in experiment.tune[f"method.{by}"]]
+        if key != by and len({has_option(variant, key, value) for value in values}) > 1:
+            raise FedrotError(
+                f"tune: whether method.{key} has an effect on {variant.label} hangs on method.{by}, "
+                f"which is tuned too; name a method for each, as '{variant.options['name']}:{by}=...'"
+            )
 
 
 def _set_by(axis: str, values: Sequence[Any]) -> list[str]:
