@@ -92,6 +92,11 @@ def test_the_lam_of_every_layer(tmp_path):
     assert [len(lam) for lam in chosen] == [2, 2]
     assert chosen[0][1] == 1.0 and chosen[1][1] == 0.0  # the client that is not the reference
     assert line(stdout, "lam, as chosen").endswith("over 2 layers and 2 clients")
+    nobody = write(tmp_path / "c", {"q": v, "v": q})
+    _, stdout, _ = fedrot(
+        *args[:3], nobody, *args[3:], "--lam", "auto-client", "--weights", "1,1,0"
+    )
+    assert line(stdout, "lam, as chosen").endswith("over 2 layers and 2 clients")  # nobody's third
 
     code, stdout, _ = fedrot(*args, "--lam", 0.5)
     assert "lam, as chosen" not in stdout and "lam" not in provenance(out)["errors"]["q"]
@@ -201,3 +206,30 @@ def test_refused(strangers, tmp_path, options, message):
     code, stdout, stderr = fedrot("aggregate", *strangers, "-o", out, *options)
     assert (code, stdout, stderr) == (1, "", f"fedrot: {message}\n")
     assert not out.exists()
+
+
+def test_exact_factors_too_small_or_large_for_float32(tmp_path):
+    """Squares of 1e-25 are no float32: the result is not the least possible, and is not called
+    so. Products of 1e30 are none either."""
+    scaled = {
+        scale: [
+            write(
+                tmp_path / f"{scale}-{seed}",
+                {"q": (scale * draw(seed)[0], scale * draw(seed)[1])},
+            )
+            for seed in (0, 1)
+        ]
+        for scale in (1.0, 1e-25, 1e30)
+    }
+    out = tmp_path / "out"
+    args = ("-o", out, "--force", "--rule", "exact")
+    _, stdout, _ = fedrot("aggregate", *scaled[1.0], *args)
+    assert line(stdout, "error, FlexLoRA").endswith("%), the least of any adapter of this rank")
+    assert "least possible" not in stdout
+    _, stdout, _ = fedrot("aggregate", *scaled[1e-25], *args)
+    assert line(stdout, "error, FlexLoRA").endswith("(100 %)")
+    assert line(stdout, "error, least possible").endswith("%), of any adapter of this rank")
+    for rank in ((), ("--rank", 3)):
+        code, _, stderr = fedrot("aggregate", *scaled[1e30], *args, *rank)
+        assert code == 1 and stderr.startswith("fedrot: ") and "overflows its dtype" in stderr
+    assert "layer 'q'" in stderr

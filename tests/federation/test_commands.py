@@ -274,10 +274,10 @@ def test_common_options_reach_the_methods_that_have_use_for_them(tmp_path):
     file.write_text(yaml.safe_dump({**sweep, "tune": {"method.eps": [0.1, 0.2]}, "options": {}}))
     with pytest.raises(FedrotError, match=r"tune: method.eps has an effect on .* in some cells"):
         read_experiment(file)
-    for other in ({"method.eps": [0.1, 0.2]}, {"method.lam": [0.2, 0.6]}):
-        tune = {"method.rotation": ["procrustes", "shifted"], **other}
+    for other in ("method.eps", "method.lam"):
+        tune = {"method.rotation": ["procrustes", "shifted"], other: [0.2, 0.6]}
         file.write_text(yaml.safe_dump({**sweep, "vary": {}, "tune": tune, "options": {}}))
-        with pytest.raises(FedrotError, match=rf"{[*other][0]} .* hangs on method.rotation, which"):
+        with pytest.raises(FedrotError, match=rf"{other} .* hangs on method.rotation, which"):
             read_experiment(file)
     attacked = {"options": {"clients.attack": "noise"}, "tune": {"clients.attackers": [0, 1]}}
     file.write_text(yaml.safe_dump({"title": "t", "methods": ["fedit"], **attacked}))

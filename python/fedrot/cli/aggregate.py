@@ -12,8 +12,6 @@ from fedrot.cli._run import user_errors
 from fedrot.errors import FedrotError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fedrot.adapters import Merged
     from fedrot.methods import FedRot, FlexLoRA, Robust
 
@@ -260,16 +258,20 @@ def _errors(merged: Merged, method: FedRot | FlexLoRA | Robust) -> list[tuple[st
         ("error, plain average", error_text(summary["error_plain"], summary["relative_plain"])),
         (
             f"error, {method.name}",
-            f"{error_text(summary['error_aligned'], summary['relative_aligned'])}, {_how(method)}",
+            f"{error_text(summary['error_aligned'], summary['relative_aligned'])}"
+            f"{_how(method, summary)}",
         ),
-        *_chosen(merged.misalignment.lam),
+        *_chosen(merged),
         *_bound(summary, method),
     ]
 
 
-def _chosen(lam: Tensor | None) -> list[tuple[str, str]]:
+def _chosen(merged: Merged) -> list[tuple[str, str]]:
+    lam = merged.misalignment.lam
     if lam is None:
         return []
+    if len(lam) > 1:
+        lam = lam[merged.uploads.weights > 0]  # of the others it means nothing
     clients, layers = lam.shape
     over = f"{layers} layer{'s' if layers > 1 else ''}"
     over += f" and {clients} clients" if clients > 1 else ""
@@ -282,10 +284,18 @@ def _bound(
 ) -> list[tuple[str, str]]:
     from fedrot.methods import FlexLoRA
 
-    if isinstance(method, FlexLoRA):  # its error is the bound
+    if isinstance(method, FlexLoRA) and _is_least(summary):
         return []
     least = error_text(summary["error_bound"], summary["relative_bound"])
     return [("error, least possible", f"{least}, of any adapter of this rank")]
+
+
+def _is_least(summary: dict[str, float | None]) -> bool:
+    """Whether the error is the bound but for rounding. It is not where float32 has no number for
+    the squares of the factors."""
+    error, bound, norm = (summary[key] for key in ("error_aligned", "error_bound", "norm"))
+    assert error is not None and bound is not None and norm is not None
+    return error <= bound + 1e-3 * norm
 
 
 def _distances(merged: Merged) -> list[tuple[str, str]]:
@@ -310,16 +320,16 @@ def _warn_if_worse(merged: Merged, method: FedRot | FlexLoRA | Robust) -> None:
         typer.echo(f"{message} averages plainly", err=True)
 
 
-def _how(method: FedRot | FlexLoRA | Robust) -> str:
+def _how(method: FedRot | FlexLoRA | Robust, summary: dict[str, float | None]) -> str:
     from fedrot.methods import FedRot, FlexLoRA, Robust
 
     if isinstance(method, FlexLoRA):
-        return "the least of any adapter of this rank"
+        return ", the least of any adapter of this rank" if _is_least(summary) else ""
     if isinstance(method, FedRot) and method.rotation == "shifted":
-        return f"shifted, eps {method.eps:g}, align {method.align}"
+        return f", shifted, eps {method.eps:g}, align {method.align}"
     lam = method.lam if isinstance(method.lam, str) else f"{method.lam:g}"
     rule = f"{method.rule}, " if isinstance(method, Robust) else ""
-    return f"{rule}lam {lam}, align {method.align}"
+    return f", {rule}lam {lam}, align {method.align}"
 
 
 def error_text(error: float | None, relative: float | None) -> str:

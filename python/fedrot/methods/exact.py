@@ -132,7 +132,10 @@ def _singular(uploads: Sequence[Factors], like: Factors, weights: Tensor | None)
     """The truncation of every layer, of the rank and in the dtype of ``like``."""
     A, B = {}, {}
     for module, A_like in like.A.items():
-        A_r, B_r = truncation(*stacked(uploads, module, weights), rank=A_like.shape[0])
+        try:
+            A_r, B_r = truncation(*stacked(uploads, module, weights), rank=A_like.shape[0])
+        except ValueError as error:
+            raise ValueError(f"layer {module!r}: {error}") from error
         A[module], B[module] = A_r.to(A_like.dtype), B_r.to(A_like.dtype)
     return Factors(A, B)
 
@@ -142,10 +145,18 @@ def truncation(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     QR of both stacks, SVD of the small core. The sign of each singular pair is such that the
     largest entry of its row of ``A`` is positive.
+
+    Raises:
+        ValueError: the core overflows, or a factor is not finite.
     """
     Q_left, R_left = torch.linalg.qr(left)
     Q_right, R_right = torch.linalg.qr(right.mT)
-    U, S, Vh = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
+    core = R_left @ R_right.mT
+    if not torch.isfinite(core).all():
+        raise ValueError(
+            "the exact average overflows its dtype; scale the factors down or use a wider dtype"
+        )
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     A = Vh[:rank] @ Q_right.mT
     B = Q_left @ (U[:, :rank] * S[:rank])
     sign = torch.where(A.gather(1, A.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0).to(A.dtype)

@@ -39,8 +39,8 @@ class FedRot(Method):
     ``s B_i`` to ``B_ref``), to the power ``lam``, the other factor being divided by it;
     ``"shifted"`` is ``polar(M + eps |M| I)`` in the place of the soft rotation. ``lam`` is nothing
     to ``"random"`` and ``"shifted"``, ``align`` to the former, ``eps`` to all but the latter: there
-    they must keep their defaults. ``lag=2``: the reference is the global adapter of a round before the one that the
-    clients started from.
+    they must keep their defaults. ``lag=2``: the reference is the global adapter of a round before
+    the one that the clients started from.
     """
 
     name: ClassVar[str] = "FedRot-LoRA"

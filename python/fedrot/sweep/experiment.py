@@ -257,8 +257,9 @@ def _check_tuned_alone(experiment: Experiment) -> None:
         values = [{by: value} for value in experiment.tune[f"method.{by}"]]
         if key != by and len({has_option(variant, key, value) for value in values}) > 1:
             raise FedrotError(
-                f"tune: whether method.{key} has an effect on {variant.label} hangs on method.{by}, "
-                f"which is tuned too; name a method for each, as '{variant.options['name']}:{by}=...'"
+                f"tune: whether method.{key} has an effect on {variant.label} hangs on "
+                f"method.{by}, which is tuned too; name a method for each, as "
+                f"'{variant.options['name']}:{by}=...'"
             )
 
 
