@@ -183,3 +183,27 @@ def test_the_fused_average_is_this_with_the_paper_s_method():
     at_once, _ = one_round(FedLoRA(methods.FedRot(0.7)), grid, record(start))
     for key, value in at_once.items():
         np.testing.assert_allclose(fused[key], value, atol=2e-6)
+
+
+@pytest.mark.parametrize("rule", ["median", "clip"])
+def test_a_robust_rule_is_for_what_is_beside_the_factors_too(rule):
+    """Heads of 1, 2 and -900, each with one vote: their middle, or by the changes from [1, 1, 1],
+    of lengths 0, 3^.5 and much, the last cut to 3^.5. A counter is averaged as FedAvg does, and so
+    is what the global arrays have not."""
+    counter, other = "base_model.model.norm.num_batches_tracked", "base_model.model.extra.weight"
+    start = record({A: EYE, B: EYE, HEAD: np.ones(3, np.float16), counter: np.array([5], np.int64)})
+    apps = {}
+    for i, head in enumerate((1.0, 2.0, -900.0), 1):
+        more = {
+            HEAD: np.full(3, head, np.float16),
+            counter: np.array([6], np.int64),
+            other: np.full(2, 3.0 * i, np.float32),
+        }
+        apps[i] = node(lambda _, more=more: {A: EYE, B: EYE, **more}, 1)
+    arrays, _ = one_round(FedLoRA(Robust(rule)), InProcess(apps), start)
+    wanted = {"median": 1.0, "clip": 1 + (0 + 1 - 1) / 3}[rule]
+    np.testing.assert_allclose(arrays[HEAD], np.full(3, wanted), atol=1e-3)
+    assert arrays[HEAD].dtype == np.float16
+    np.testing.assert_allclose(arrays[counter], [6])
+    np.testing.assert_allclose(arrays[other], [6, 6])
+    np.testing.assert_allclose(arrays[A], EYE, atol=1e-6)

@@ -18,7 +18,6 @@ from two_clients import (
     FIRST,
     GLOBAL,
     HEAD,
-    HEAD_MEAN,
     QUARTER,
     SECOND,
     A,
@@ -46,8 +45,7 @@ def test_the_middle_of_three_by_hand(rule):
     aggregator = FedLoRAAggregator("robust", {"rule": rule})
     send(aggregator, GLOBAL)
     params = averaged(aggregator, *THREE).params
-    # The head is no part of the rule: (3 [1, -1] + [3, 1] + 8 [2, 6]) / 12.
-    check(params, A=4 * EYE, B=4 * EYE, head=torch.tensor([22 / 12, 46 / 12]))
+    check(params, A=4 * EYE, B=4 * EYE, head=torch.tensor([2.0, 1.0]))
     assert list(params) == [A, B, HEAD]
 
 
@@ -70,12 +68,46 @@ def test_krum_by_hand():
 
 def test_clipping_by_hand():
     """Changes of the reference: I and 3 I in both factors, lengths 2 and 6. With bound 3 the second
-    is halved, and (3 I + 1.5 I) / 4 = 1.125 I is what is left."""
+    is halved, and (3 I + 1.5 I) / 4 = 1.125 I is what is left. The heads, [1, -1] and [3, 1], have
+    the lengths 2^.5 and 10^.5: 3 / 10^.5 of the second."""
     aggregator = FedLoRAAggregator("robust", {"rule": "clip", "bound": 3.0})
-    check(of_two(aggregator), A=2.125 * EYE, B=2.125 * EYE, head=HEAD_MEAN)
+    head = (3 * FIRST[HEAD] + 3 / 10**0.5 * SECOND[HEAD]) / 4
+    check(of_two(aggregator), A=2.125 * EYE, B=2.125 * EYE, head=head)
     # Without a bound, the median of the lengths, 4: 2 / 3 of the second, (3 I + 2 I) / 4.
     aggregator = FedLoRAAggregator("robust", {"rule": "clip"})
-    check(of_two(aggregator), A=2.25 * EYE, B=2.25 * EYE, head=HEAD_MEAN)
+    head = (3 * FIRST[HEAD] + (2**0.5 + 10**0.5) / 2 / 10**0.5 * SECOND[HEAD]) / 4
+    check(of_two(aggregator), A=2.25 * EYE, B=2.25 * EYE, head=head)
+
+
+@pytest.mark.parametrize("rule", ["median", "krum", "clip", "bound"])
+def test_the_rule_is_for_what_is_beside_the_factors_too(rule):
+    """A head that started from [5, 5]; whole parameters and differences give the same. A counter
+    is no vector to have a vote on."""
+    options = {"rule": "clip", "bound": 2.0} if rule == "bound" else {"rule": rule}
+    sent = {**GLOBAL, HEAD: torch.tensor([5.0, 5.0]), "count": torch.tensor(10)}
+    heads = [[6.0, 5.0], [6.0, 6.0], [5.0, 6.5], [5.0, 905.0]]
+    # Krum: the squares of the distances to the nearest other are 1, 1, 1.25 and a large one. Clip
+    # leaves the medians of 1, 2^.5, 1.5, 900, or 2, of the last.
+    middle = (2**0.5 + 1.5) / 2
+    cut = [1.0, 2**0.5, middle, middle] if rule == "clip" else [1.0, 2**0.5, 1.5, 2.0]
+    wanted = {"median": torch.tensor([5.5, 6.25]), "krum": torch.tensor([6.0, 5.0])}.get(rule)
+    if wanted is None:
+        changes = [torch.tensor(h) - 5 for h in heads]
+        pairs = zip(cut, changes, strict=True)
+        wanted = 5 + torch.stack([c * d / d.norm() for c, d in pairs]).mean(0)
+    for params_type in ("FULL", "DIFF"):
+        aggregator = FedLoRAAggregator("robust", options)
+        send(aggregator, sent)
+        diff = params_type == "DIFF"
+        clients = []
+        for i, head in enumerate(heads):
+            own = {A: (1 + i) * EYE, B: EYE, HEAD: torch.tensor(head), "count": torch.tensor(12)}
+            own = {key: t - sent[key] if diff else t for key, t in own.items()}
+            clients.append(client(own, 1, f"site-{i}", params_type=params_type))
+        params = averaged(aggregator, *clients).params
+        start = sent[HEAD] if diff else torch.zeros(2)
+        torch.testing.assert_close(params[HEAD] + start, wanted, rtol=0, atol=1e-6)
+        assert int(params["count"]) == (2 if diff else 12)
 
 
 @pytest.mark.parametrize(("bound", "kept"), [(3.0, False), (0.0, True)])

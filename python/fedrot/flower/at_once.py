@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
 
 from fedrot.factors import Factors, resized
 from fedrot.flower.rounds import Rounds, logger, weight_of
@@ -21,8 +23,10 @@ class FedLoRA(FedAvg):
 
         FedLoRA(FlexLoRA(energy=0.99))  # or FedRot(1.0, "optimal"), Robust("median"), ...
 
-    For methods that need all clients together; ``FedRotAvg`` holds one at a time. Arrays that are
-    no factors are averaged as FedAvg does. Clients of smaller rank send their factors as they are.
+    For methods that need all clients together; ``FedRotAvg`` holds one at a time. Arrays of
+    floating point that are no factors, as a trained head, become what the method makes of them: a
+    robust rule is for them, too. All others are averaged as FedAvg does. Clients of smaller rank
+    send their factors as they are.
     The new factors have the shapes of the global ones: where the method chooses a smaller rank,
     the last rows of ``A`` and columns of ``B`` are zero, and ``ranks`` (by layer) and ``rank``
     (their mean) are among the round's metrics.
@@ -62,6 +66,7 @@ class FedLoRA(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         rounds, weights = self.rounds, []
         clients: list[Factors] = []
+        rest: list[ArrayRecord] = []
         round = rounds.round(server_round)
         # In the order of the nodes, not of arrival: the same replies give the same bits.
         received = sorted(rounds.received(replies), key=lambda r: r[0].metadata.src_node_id)
@@ -71,7 +76,8 @@ class FedLoRA(FedAvg):
                 dtype = next(iter(clients[0].A.values())).dtype if clients else None
                 clients.append(rounds.reference.take(upload.values, upload.who, dtype))
                 weights.append(weight_of(reply, self.weighted_by_key, upload.who))
-                reply.content[upload.key] = rounds.rest(upload)
+                rest.append(rounds.rest(upload))
+                reply.content[upload.key] = rest[-1]
         factors = rounds.aggregate(clients, weights, round) if clients else None
         arrays, metrics = super().aggregate_train(round, [reply for reply, _ in received])
         if arrays is None or factors is None:
@@ -81,6 +87,7 @@ class FedLoRA(FedAvg):
             metrics = MetricRecord({**(metrics or {}), "ranks": ranks})
             metrics["rank"] = math.fsum(ranks) / len(ranks)
         new = rounds.reference.put(rounds.padded(factors))
+        arrays.update(rounds.average_rest(rest, weights))  # that all sent the same, FedAvg has seen
         return rounds.together(new, arrays), metrics
 
     def configure_evaluate(
@@ -116,8 +123,27 @@ class _Method(Rounds):
             round=round - 1,
         )
 
+    def average_rest(self, rest: list[ArrayRecord], weights: list[float]) -> dict[str, Array]:
+        """The arrays of floating point beside the factors that the global ones have, too."""
+        start = self.reference.record
+        keys = [
+            key
+            for key in rest[0]
+            if key in start and np.issubdtype(np.dtype(start[key].dtype), np.floating)
+        ]
+        found = self.method.average_rest(
+            [_tensors(own, keys) for own in rest],
+            _tensors(start, keys),
+            torch.tensor(weights, dtype=torch.float64),
+        )
+        return {key: Array(found[key].numpy().astype(start[key].dtype)) for key in keys}
+
     def padded(self, factors: Factors) -> Factors:
         """In the ranks of the global arrays."""
         tensors = self.reference.tensors
         ranks = {layer: len(tensors[key_A]) for layer, (key_A, _) in self.reference.layers.items()}
         return resized(factors, ranks)
+
+
+def _tensors(record: ArrayRecord, keys: list[str]) -> dict[str, Tensor]:
+    return {key: torch.from_numpy(record[key].numpy()) for key in keys}

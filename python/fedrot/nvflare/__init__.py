@@ -24,7 +24,7 @@ try:
     from nvflare.app_common.app_event_type import AppEventType
     from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
-    from fedrot.nvflare.round import Gathered, Round, factors_of
+    from fedrot.nvflare.round import Clipping, Gathered, Round, factors_of
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("nvflare"):
         raise
@@ -36,7 +36,8 @@ except ModuleNotFoundError as error:
 class _Aggregator(ModelAggregator):
     """What the aggregators have in common.
 
-    Everything that is no LoRA factor (a trained head, biases) is averaged plainly. A client counts
+    Everything that is no LoRA factor (a trained head, biases) is averaged plainly, but under robust
+    rules. A client counts
     by its ``FLMetaKey.NUM_STEPS_CURRENT_ROUND``, 1 where it gives none, as with NVFLARE's own
     aggregation.
 
@@ -204,12 +205,5 @@ class FedLoRAAggregator(_Aggregator):
     def _sums(self, reference: Factors, round: int) -> StreamingAggregator | Gathered:
         method = self._method
         if isinstance(method, Robust) and method.rule == "clip" and method.bound:
-            return StreamingAggregator(
-                reference,
-                lam=float(method.lam),
-                align=method.align,
-                proper=method.proper,
-                nonfinite=self.nonfinite,
-                bound=method.bound,
-            )
+            return Clipping(reference, method, self.nonfinite)
         return Gathered(reference, method, round, self.nonfinite == "drop")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedrot.adapters.layers import factor_keys
 from fedrot.factors import Factors, resized
-from fedrot.methods import Method
+from fedrot.methods import Method, Robust
 from fedrot.methods.base import wide
 from fedrot.streaming import StreamingAggregator, check_total
 
@@ -28,6 +28,7 @@ class Gathered:
     def __init__(self, reference: Factors, method: Method, round: int, drop: bool) -> None:
         self._reference, self._method, self._number, self._drop = reference, method, round, drop
         self._clients: list[tuple[str, Factors, float]] = []
+        self._rest: dict[str, Mapping[str, Tensor]] = {}
 
     def accept(self, client: Factors, weight: float, *, name: str) -> bool:
         for layer in client.A:
@@ -42,14 +43,47 @@ class Gathered:
         self._clients.append((name, client, weight))
         return True
 
+    def accept_rest(self, rest: Mapping[str, Tensor], *, name: str) -> None:
+        """What an accepted client has beside its factors."""
+        self._rest[name] = rest
+
     def finish(self) -> Factors:
-        ordered = sorted(self._clients, key=lambda c: c[0])
-        weights = [weight for _, _, weight in ordered]
-        check_total(len(ordered), math.fsum(weights))
-        w = torch.tensor(weights, dtype=torch.float64)
+        ordered, w = self._ordered()
         clients = [client for _, client, _ in ordered]
         new = self._method.aggregate(clients, self._reference, w, round=self._number)
         return resized(new, {layer: len(A) for layer, A in self._reference.A.items()})
+
+    def finish_rest(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The method's average of what is beside the factors; ``like``: what clients started
+        from."""
+        ordered, w = self._ordered()
+        return self._method.average_rest([self._rest[name] for name, *_ in ordered], like, w)
+
+    def _ordered(self) -> tuple[list[tuple[str, Factors, float]], Tensor]:
+        """The clients by name, and their weights."""
+        ordered = sorted(self._clients, key=lambda c: c[0])
+        weights = [weight for _, _, weight in ordered]
+        check_total(len(ordered), math.fsum(weights))
+        return ordered, torch.tensor(weights, dtype=torch.float64)
+
+
+class Clipping(StreamingAggregator):
+    """``Robust("clip")`` with a bound: the one method that needs no second client."""
+
+    def __init__(self, reference: Factors, method: Robust, nonfinite: str) -> None:
+        super().__init__(
+            reference,
+            lam=float(method.lam),
+            align=method.align,
+            proper=method.proper,
+            nonfinite=nonfinite,
+            bound=method.bound,
+        )
+        self._method = method
+
+    def clipped(self, rest: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a client has beside its factors, of the names of ``like``, what it started from."""
+        return self._method.average_rest([rest], like)
 
 
 class Round:
@@ -94,7 +128,12 @@ class Round:
             client = Factors(_sum(self._start.A, client.A), _sum(self._start.B, client.B))
         if not self._factors.accept(client, weight, name=name):
             return False
-        self._averages.add({key: _addend(params[key]) for key in self._plain}, weight, name, None)
+        rest = {key: params[key] for key in self._plain}
+        if isinstance(self._factors, Gathered):
+            self._factors.accept_rest(rest, name=name)
+        elif isinstance(self._factors, Clipping):
+            rest |= self._factors.clipped(rest, self._like())
+        self._averages.add({key: _addend(t) for key, t in rest.items()}, weight, name, None)
         if model.metrics is None:
             self._metrics = None
         elif self._metrics is not None and weight > 0:
@@ -104,6 +143,8 @@ class Round:
     def result(self) -> FLModel:
         factors = self._factors.finish()
         params = self._averages.get_result()
+        if isinstance(self._factors, Gathered):
+            params.update(self._factors.finish_rest(self._like()))
         for layer, (key_A, key_B) in self._layers.items():
             params[key_A], params[key_B] = factors.A[layer], factors.B[layer]
             if self.params_type == ParamsType.DIFF:
@@ -114,6 +155,15 @@ class Round:
             params={key: _like(params[key], self._sent[key]) for key in self._keys},
             metrics=(self._metrics.get_result() or None) if self._metrics else None,
         )
+
+    def _like(self) -> dict[str, Tensor]:
+        """What clients started from beside the factors and is of floating point, in the terms in
+        which they return it."""
+        sent = {key: _tensor(self._sent[key], key) for key in self._plain}
+        like = {key: t for key, t in sent.items() if t.is_floating_point()}
+        if self.params_type == ParamsType.DIFF:
+            return {key: torch.zeros_like(t) for key, t in like.items()}
+        return like
 
     def _params(self, model: FLModel, name: str) -> dict[str, Tensor]:
         """The client's parameters as tensors, if it returns what the others do."""
