@@ -37,9 +37,8 @@ class _Aggregator(ModelAggregator):
     """What the aggregators have in common.
 
     Everything that is no LoRA factor (a trained head, biases) is averaged plainly, but under robust
-    rules. A client counts
-    by its ``FLMetaKey.NUM_STEPS_CURRENT_ROUND``, 1 where it gives none, as with NVFLARE's own
-    aggregation.
+    rules. A client counts by its ``FLMetaKey.NUM_STEPS_CURRENT_ROUND``, 1 where it gives none, as
+    with NVFLARE's own aggregation.
 
     The reference is the model that NVFLARE sends out, seen in the event ``BEFORE_TRAIN_TASK``.
     Clients may return whole parameters or differences (``ParamsType.FULL``, ``DIFF``), torch
