@@ -63,6 +63,27 @@ class Blocks:
         """The same in float64."""
         return Blocks(*(getattr(self, name).double() for name in self.__dataclass_fields__))
 
+    def of_size_one(self) -> Blocks:
+        """The same layers with clients' ``A`` and ``B`` of about the length 1: the rotations of
+        least error stay what they are, and its fourth powers of factors can be written. Scales are
+        powers of two, which round nothing."""
+
+        def scale(G: Tensor) -> Tensor:
+            size = G.diagonal(dim1=1, dim2=2).mean(1)
+            exponent = torch.frexp(torch.where(size > 0, size, 1.0)).exponent
+            return torch.ldexp(torch.ones_like(size), -exponent)
+
+        s_A, s_B = scale(self.A)[:, None, None], scale(self.B)[:, None, None]
+        return Blocks(
+            s_A * self.A,
+            s_B * self.B,
+            s_A[..., None] * self.ref_A,
+            s_B[..., None] * self.ref_B,
+            s_A * self.gram_A,
+            s_B * self.gram_B,
+            self.weights,
+        )
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """``(L, N, r)``."""

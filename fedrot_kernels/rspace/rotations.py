@@ -103,7 +103,9 @@ def optimal(
     when its squared error falls by less than ``tolerance`` of itself. Turned to the reference as a
     whole, as in :func:`gpa`.
     """
-    at = Point(blocks, gpa(blocks, proper=proper) if start is None else start)
+    given = blocks
+    blocks = given.of_size_one()
+    at = Point(blocks, gpa(given, proper=proper) if start is None else start)
     norm, slope = blocks.norm_square(), at.slope()
     step = at.first_step()
     active = torch.ones_like(step, dtype=torch.bool)
@@ -123,7 +125,7 @@ def optimal(
         step = torch.where(ratio.isfinite() & (ratio > 0), ratio, step)
         active = active & (at.excess - new.excess > least + tolerance * (norm + at.excess))
         at, slope = new, new_slope
-    return to_reference(blocks, at.R, proper=proper)
+    return to_reference(given, at.R, proper=proper)
 
 
 def _descend(
@@ -151,6 +153,8 @@ def shifted(blocks: Blocks, eps: float, align: str = "joint", *, proper: bool = 
     """``polar(M + eps |M| I)`` with Frobenius' norm: turns where the evidence is strong, and stays
     where it is weak; no soft rotation, and ``eps`` in its place."""
     M = blocks.cross(align)
+    largest = M.abs().amax((-2, -1), keepdim=True)
+    M = M / torch.where(largest > 0, largest, 1.0)  # the square of a length may overflow
     eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
     moved = M + eps * torch.linalg.matrix_norm(M)[..., None, None] * eye
     return torch.ops.fedrot.polar(moved, proper=proper)

@@ -255,3 +255,31 @@ def test_flexlora_names_what_is_wrong():
         ):
             other = Factors({"other": torch.ones(4, 3)}, {"other": torch.ones(3, 4)})
             FlexLoRA(gauge).aggregate(uploads, other, weights)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1e8, 1e12, 1e17])
+def test_the_size_of_the_factors_changes_nothing(size):
+    """In float32, whose numbers end at 1e38: what a rule loses is the same share of the whole. A
+    truncation of mixed ranks gives the same rank, and 1e17 overflows nothing."""
+    uploads, reference, weights = federation()
+
+    def scaled(factors, by):
+        A, B = ({m: (by * t).float() for m, t in f.items()} for f in (factors.A, factors.B))
+        return Factors(A, B)
+
+    for method in (
+        FedRot(1.0, "gpa"),
+        FedRot(1.0, "optimal"),
+        FedRot("auto", "optimal"),
+        FedRot(rotation="shifted"),
+        FlexLoRA("reference"),  # clients of rank 2 to 4
+    ):
+        shares = []
+        for by in (1.0, size):
+            own = [scaled(u, by) for u in uploads]
+            result = method.aggregate(own, scaled(reference, by), weights)
+            zero = Factors(*({m: 0 * t for m, t in f.items()} for f in (result.A, result.B)))
+            lost, all_of_it = (total(error(own, r, weights)) for r in (result, zero))
+            shares.append(lost / all_of_it)
+        assert shares[1] == pytest.approx(shares[0], rel=1e-4), method
+    assert 0.1 < shares[0] < 0.9  # that there is something to lose, and to keep

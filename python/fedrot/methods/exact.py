@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fedrot.factors import Factors, resized
-from fedrot.methods.base import Method, average, checked_weights, drawing, in_rspace, stacked, wide
+from fedrot.methods.base import Method, average, checked_weights, drawing, in_rspace, stacked
 from fedrot.methods.energy import check_energy, rank_for, singular_values
 from fedrot_kernels import rspace
 
@@ -73,8 +73,9 @@ class FlexLoRA(Method):
         if all(A.shape[0] == largest[m] for m, A in reference.A.items()):
             return in_rspace(uploads, reference, weights, rspace.truncation)
         # Gram blocks have the rank of the reference. A larger client does not fit in, and many
-        # smaller ones fill them with zeros: let the truncation stand for all clients as one.
-        like = Factors(*({m: wide(t) for m, t in f.items()} for f in (reference.A, reference.B)))
+        # smaller ones fill them with zeros: let the truncation stand for all clients as one. In
+        # float64, as its B carries all of the size, and Gram blocks hold squares.
+        like = Factors(*({m: t.double() for m, t in f.items()} for f in (reference.A, reference.B)))
         one = in_rspace([_singular(uploads, like, weights)], like, None, rspace.truncation)
         return Factors(
             {m: one.A[m].to(A.dtype) for m, A in reference.A.items()},
