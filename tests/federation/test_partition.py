@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedrot.config import Clients
 from fedrot.errors import FedrotError
 from fedrot.tasks import TaskData
-from fedrot.tasks.partition import dirichlet, like, split
+from fedrot.tasks.partition import dirichlet, hold_out, like, split
 
 
 @settings(max_examples=60, deadline=None)
@@ -139,3 +139,26 @@ def test_what_a_partition_refuses(clients, message):
 )
 def test_as_many_test_examples_as_there_are_in_the_same_shares(labels, test, rows):
     assert like(torch.tensor(labels), torch.tensor(test)).tolist() == rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=80),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_what_is_held_out_leaves_one_of_everything(values, share, seed):
+    groups = [torch.tensor(column) for column in zip(*values, strict=True)]
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))
+    count = int(share * len(values))
+    held, kept = hold_out(order, count, groups)
+    assert sorted([*held.tolist(), *kept.tolist()]) == [*range(len(values))]
+    assert held.tolist() == sorted(held.tolist()) and kept.tolist() == sorted(kept.tolist())
+    for group in groups:
+        assert {*group[kept].tolist()} == {*group.tolist()}
+    # As many as there can be: of one more, something would have no other.
+    if len(held) < count:
+        for i in kept.tolist():
+            assert any(int((group[kept] == group[i]).sum()) == 1 for group in groups)
+    # Where nothing is rare, those that come first.
+    assert hold_out(order, count, [])[0].tolist() == sorted(order[:count].tolist())

@@ -19,9 +19,7 @@ from fedrot.cli import app
 from fedrot.errors import FedrotError
 from fedrot.options import flatten, merge, parse_overrides
 from fedrot.report.results import paired
-from fedrot.report.sweep_pages import failures, tables
 from fedrot.simulation.run_dir import RunDir
-from fedrot.sweep.analysis import Results
 from fedrot.sweep.experiment import TUNE_SEED, file_names, read_experiment
 from fedrot.sweep.runner import run_experiment
 
@@ -361,28 +359,6 @@ def test_a_sweep_over_any_text_is_reported(tmp_path):
     assert "lr 0.1, lam auto" in text
     pictures = sorted(out.glob("rounds-*.png"))
     assert len(pictures) == 3 and all(f"({picture.name})" in text for picture in pictures)
-
-
-def test_several_workers_give_the_same_numbers(tmp_path):
-    experiment = read_experiment(write(tmp_path, tune={}, vary={}, methods=["fedit", "fedrot"]))
-    alone = run_experiment(experiment, tmp_path / "one", workers=1)
-    together = run_experiment(experiment, tmp_path / "two", workers=2)
-    for a, b in zip(alone, together, strict=True):
-        assert [s["accuracy"] for s in a.summaries] == [s["accuracy"] for s in b.summaries]
-        assert [s["loss"] for s in a.summaries] == [s["loss"] for s in b.summaries]
-
-
-def test_a_run_that_diverges_is_left_out_and_named(tmp_path):
-    options = {**TINY["options"], "local.lr": 1e30}
-    experiment = read_experiment(
-        write(tmp_path, options=options, tune={}, vary={}, methods=["fedit", "fedrot"])
-    )
-    results = Results(experiment, run_experiment(experiment, tmp_path / "out", workers=1))
-    assert [o.complete for o in results.outcomes] == [False, False]
-    assert failures(results)[0] == "FedIT: 2 of 2 runs diverged and are left out."
-    assert tables(results)[0][2] == [["FedIT", "-"], ["FedRot-LoRA", "-"]]
-    again = run_experiment(experiment, tmp_path / "out", workers=1)
-    assert [o.summaries for o in again] == [[None, None], [None, None]]
 
 
 def test_paired_interval_by_hand():

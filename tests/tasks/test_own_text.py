@@ -34,6 +34,31 @@ def test_own_classification(tmp_path, roberta):
     assert sum(summary["client_examples"]) == 24
 
 
+@pytest.mark.parametrize("validation", [0.0, 0.2])
+def test_a_rare_client_and_label_keep_an_example(tmp_path, roberta, validation):
+    """Of 62 examples two are a client's and two have a label, and a fifth is held out, with
+    `validation` twice: whatever the seed, three clients and three labels are left. A column of
+    which hardly a value repeats does not keep examples from being held out."""
+    rows = [{"text": f"t {i}", "label": i % 2, "user": i % 2, "id": i} for i in range(58)]
+    rows += [{"text": f"r {i}", "label": 0, "user": 2, "id": 90} for i in range(2)]
+    rows += [{"text": f"l {i}", "label": 2, "user": 0, "id": 90} for i in range(2)]
+    write(tmp_path / "own.jsonl", rows)
+    clients = {"count": 3, "partition": "column", "column": "user"}
+    for seed in range(10):
+        config = config_of(
+            "text",
+            {"clients": clients, "seed": seed, "validation": validation},
+            model=str(roberta),
+            data=str(tmp_path / "own.jsonl"),
+        )
+        federation = prepare(config)
+        assert len(federation.examples) == 3 and federation.data.classes == 3
+        kept = 62 - round(0.2 * 62)
+        held = round(validation * kept) or round(0.2 * 62)
+        assert len(federation.data.test["labels"]) == held
+        assert len(federation.data.labels) == (kept - held if validation else kept)
+
+
 def test_parts_of_an_own_folder(tmp_path, roberta):
     """The test part is found at any depth, and is never taken from a longer word."""
     rows = [{"text": str(i), "label": i % 2} for i in range(10)]

@@ -44,7 +44,7 @@ from fedrot.simulation.run_dir import Row, RunDir, open_run
 from fedrot.simulation.seeding import generator
 from fedrot.tasks import TaskData
 from fedrot.tasks.base import Track, no_progress
-from fedrot.tasks.partition import split, split_test
+from fedrot.tasks.partition import hold_out, split, split_test
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def prepare(config: Config, track: Track = no_progress) -> Federation:
     device = device_of(config.device)
     data = config.task.prepare(config.seed, track)
     if config.validation:
-        data = hold_out(data, config.validation, config.seed)
+        data = _with_validation(data, config)
     base = config.task.load_model(data).to(device)
     model = adapt(base, config.lora, config.task.lora_targets(base))
     examples = split(data, config.clients, config.seed)
@@ -206,11 +206,13 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def hold_out(data: TaskData, fraction: float, seed: int) -> TaskData:
+def _with_validation(data: TaskData, config: Config) -> TaskData:
     """The same task with a part of its training examples in the place of the test part."""
-    order = torch.randperm(len(data.labels), generator=generator(seed, "validation"))
-    count = max(1, round(fraction * len(order)))
-    held, kept = order[:count].sort().values, order[count:].sort().values
+    order = torch.randperm(len(data.labels), generator=generator(config.seed, "validation"))
+    # Every client keeps an example.
+    column = config.clients.column if config.clients.partition == "column" else None
+    groups = [values for name, values in data.columns.items() if name == column]
+    held, kept = hold_out(order, max(1, round(config.validation * len(order))), groups)
     return replace(
         data,
         train={key: value[kept] for key, value in data.train.items()},

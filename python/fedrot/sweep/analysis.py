@@ -71,7 +71,11 @@ class Results:
                     {"options": options, "validation_accuracy": score}
                     for options, score in outcome.tuned.scores
                 ],
-                "failed_seeds": [i for i, s in enumerate(outcome.summaries) if s is None],
+                "failed_seeds": [
+                    self.experiment.first_seed + i
+                    for i, summary in enumerate(outcome.summaries)
+                    if summary is None
+                ],
             }
             for key in KEYS:
                 if values := self.values(cell, method, key):

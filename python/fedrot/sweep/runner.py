@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import statistics
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -176,7 +178,8 @@ class _Finished:
             return
         # Not forked: PyTorch's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(self.workers, len(self.jobs)), context) as pool:
+        workers = min(self.workers, len(self.jobs))
+        with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
             futures = {pool.submit(_one, job): job for job in self.jobs}
             try:
                 for future in as_completed(futures):
@@ -184,6 +187,18 @@ class _Finished:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def _end_with_parent() -> None:
+    """In a worker: do not go on, nor wait for more, when the sweep has been killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _one(job: Job) -> Summary | None:

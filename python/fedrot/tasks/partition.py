@@ -36,6 +36,24 @@ def split(data: TaskData, clients: Clients, seed: int) -> list[Tensor]:
     return dirichlet(labels, count, clients.alpha, seed)
 
 
+def hold_out(order: Tensor, count: int, groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The first ``count`` examples of a random ``order``, and all others, both sorted; but of every
+    value in each of ``groups``, integers ``(n,)``, the last example is never held out: there would
+    be a client, or a label, without any."""
+    left = [(group.tolist(), torch.bincount(group).tolist()) for group in groups]
+    held: list[int] = []
+    for i in order.tolist():
+        if len(held) == count:
+            break
+        if all(counts[values[i]] > 1 for values, counts in left):
+            held.append(i)
+            for values, counts in left:
+                counts[values[i]] -= 1
+    kept = torch.ones(len(order), dtype=torch.bool)
+    kept[held] = False
+    return (~kept).nonzero().flatten(), kept.nonzero().flatten()
+
+
 def split_test(data: TaskData, parts: Sequence[Tensor]) -> list[Tensor]:
     """Per client the sorted indices of test examples with its own mix of labels: as many as there
     are in these shares, so that clients share examples.

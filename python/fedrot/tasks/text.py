@@ -18,6 +18,7 @@ from fedrot.tasks.base import Batch, TaskData, Track, no_progress, query_and_val
 from fedrot.tasks.cache import quiet
 from fedrot.tasks.encode import classification, codes, generation, tokenizer_of
 from fedrot.tasks.files import Columns, column, joined, part_files, read_file
+from fedrot.tasks.partition import hold_out
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -199,8 +200,16 @@ class Text(TextTask):
                 f"task.test_fraction={self.test_fraction} of the {n} examples of {self.data} "
                 "leaves none to train on"
             )
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-        held, kept = sorted(order[:cut]), sorted(order[cut:])
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        labels = [codes(train[self.label])[0]] if kind == "classification" else []
+        # Columns that clients may be made of: with an example left for each of their values.
+        others = [group for group in groups_of(train).values() if int(group.max()) < n - cut]
+        held, kept = (rows.tolist() for rows in hold_out(order, cut, [*labels, *others]))
+        if not held:
+            raise FedrotError(
+                f"task.test_fraction={self.test_fraction} of the {n} examples of {self.data}: none "
+                "can be held out without leaving a label, or a value of another column, without any"
+            )
         return (
             kind,
             {name: [values[i] for i in kept] for name, values in train.items()},
@@ -254,6 +263,18 @@ class Text(TextTask):
         return assemble(self, base, parts, train, seed)
 
 
+def groups_of(columns: Columns) -> dict[str, Tensor]:
+    """What examples can be partitioned by: the columns of texts and whole numbers of which some
+    repeat, as integers ``(n,)``."""
+    groups = {}
+    for name, values in columns.items():
+        if all(isinstance(value, str | int | bool | None) for value in values):
+            found, distinct = codes(values)
+            if len(distinct) < len(values):
+                groups[name] = found
+    return groups
+
+
 def assemble(
     task: TextTask,
     base: Path,
@@ -276,12 +297,7 @@ def assemble(
         known["too_long"] = left_out
     train, test = train.first(task.max_train, seed), test.first(task.max_test, seed)
     rows = train.kept.tolist()
-    groups = {}
-    for name, values in columns.items():
-        if all(isinstance(values[i], str | int | bool | None) for i in rows):
-            found, distinct = codes(values[i] for i in rows)
-            if len(distinct) < len(rows):
-                groups[name] = found
+    groups = groups_of({name: [values[i] for i in rows] for name, values in columns.items()})
     labels = train.batch["labels"]
     if not classes:
         labels = groups[split_by] if split_by in groups else torch.zeros(len(rows)).long()

@@ -1,0 +1,76 @@
+"""The runs of a sweep: on several processes, diverged, and killed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil  # peft needs it
+import pytest
+from test_sweep import TINY, write
+
+from fedrot.report.sweep_pages import failures, tables
+from fedrot.sweep.analysis import Results
+from fedrot.sweep.experiment import read_experiment
+from fedrot.sweep.runner import run_experiment
+
+
+def test_several_workers_give_the_same_numbers(tmp_path):
+    experiment = read_experiment(write(tmp_path, tune={}, vary={}, methods=["fedit", "fedrot"]))
+    alone = run_experiment(experiment, tmp_path / "one", workers=1)
+    together = run_experiment(experiment, tmp_path / "two", workers=2)
+    for a, b in zip(alone, together, strict=True):
+        assert [s["accuracy"] for s in a.summaries] == [s["accuracy"] for s in b.summaries]
+        assert [s["loss"] for s in a.summaries] == [s["loss"] for s in b.summaries]
+
+
+def test_a_run_that_diverges_is_left_out_and_named(tmp_path):
+    options = {**TINY["options"], "local.lr": 1e30}
+    experiment = read_experiment(
+        write(
+            tmp_path,
+            options=options,
+            tune={},
+            vary={},
+            methods=["fedit", "fedrot"],
+            first_seed=7,
+        )
+    )
+    results = Results(experiment, run_experiment(experiment, tmp_path / "out", workers=1))
+    assert [o.complete for o in results.outcomes] == [False, False]
+    assert failures(results)[0] == "FedIT: 2 of 2 runs diverged and are left out."
+    assert tables(results)[0][2] == [["FedIT", "-"], ["FedRot-LoRA", "-"]]
+    rows = results.as_tree()["results"]
+    assert [row["failed_seeds"] for row in rows] == [[7, 8], [7, 8]]
+    again = run_experiment(experiment, tmp_path / "out", workers=1)
+    assert [o.summaries for o in again] == [[None, None], [None, None]]
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_a_sweep_that_is_killed(tmp_path, kill):
+    options = {**TINY["options"], "rounds": 100_000}
+    path = write(tmp_path, options=options, tune={}, vary={}, methods=["fedit", "fedrot"])
+    code = "from fedrot.cli import main; main()"
+    command = ["sweep", str(path), "--output", str(tmp_path / "out"), "--workers", "2"]
+    sweep = subprocess.Popen([sys.executable, "-c", code, *command])
+    try:
+        checkpoints, deadline = [], time.monotonic() + 120
+        while len(checkpoints) < 2:  # both are at work
+            assert time.monotonic() < deadline and sweep.poll() is None
+            time.sleep(0.2)
+            checkpoints = [*(tmp_path / "out").rglob("checkpoint*")]
+        workers = [
+            process
+            for process in psutil.Process(sweep.pid).children()
+            if "spawn_main" in " ".join(process.cmdline())
+        ]
+        assert len(workers) == 2
+    finally:
+        sweep.send_signal(kill)
+        sweep.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive
