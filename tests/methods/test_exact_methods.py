@@ -53,9 +53,11 @@ def product(factors, module):
 
 @pytest.mark.parametrize("ranks", [None, (4, 1, 2, 4, 3)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_flexlora_is_the_dense_truncation(ranks, weighted):
+@pytest.mark.parametrize("dense", [False, True])
+def test_flexlora_is_the_dense_truncation(ranks, weighted, dense):
     uploads, reference, weights = federation(ranks=ranks)
-    out = FlexLoRA().aggregate(uploads, reference, weights if weighted else None)
+    method = FlexLoRA(dense=dense)
+    out = method.aggregate(uploads, reference, weights if weighted else None)
     for module in SHAPES:
         U, S, Vh = torch.linalg.svd(exact(uploads, module, weights if weighted else None), False)
         scale = float(S[0])
@@ -70,6 +72,11 @@ def test_flexlora_is_the_dense_truncation(ranks, weighted):
         )
         largest = A[:rows].gather(1, A[:rows].abs().argmax(1, keepdim=True))
         assert bool((largest > 0).all())  # the sign rule
+
+
+def test_dense_is_for_the_published_gauge():
+    with pytest.raises(ValueError, match=r"dense=true is for gauge=singular, got gauge=reference"):
+        FlexLoRA("reference", dense=True)
 
 
 def test_flexlora_by_hand():

@@ -29,6 +29,9 @@ class FlexLoRA(Method):
     Clients may have any rank; r is the reference's, in each layer. With ``energy``, in (0, 1], r is
     the smallest rank of the layer that holds this share of the squared singular values, and the
     reference's is its bound. As clients add directions of their own, it can rise again.
+
+    ``dense`` forms the average, ``(d, k)``, and decomposes that, as published: the same result, to
+    see what it costs. Else it is a QR of the factors side by side and a small SVD.
     """
 
     name: ClassVar[str] = "FlexLoRA"
@@ -36,12 +39,15 @@ class FlexLoRA(Method):
 
     gauge: str = "singular"
     energy: float | None = None
+    dense: bool = False
 
     def __post_init__(self) -> None:
         if self.gauge not in ("singular", "reference"):
             raise ValueError(f"gauge must be singular or reference, got {self.gauge!r}")
         if self.energy is not None:
             check_energy(self.energy)
+        if self.dense and self.gauge != "singular":
+            raise ValueError(f"dense=true is for gauge=singular, got gauge={self.gauge}")
 
     @property
     def steady_basis(self) -> bool:
@@ -68,7 +74,7 @@ class FlexLoRA(Method):
             ranks = {m: min(rank_for(values[m], self.energy), r) for m, r in bounds.items()}
             reference = resized(reference, ranks)
         if self.gauge == "singular":
-            return _singular(uploads, reference, weights)
+            return _singular(uploads, reference, weights, self.dense)
         largest = {m: max(u.A[m].shape[0] for u in uploads) for m in reference.A}
         if all(A.shape[0] == largest[m] for m, A in reference.A.items()):
             return in_rspace(uploads, reference, weights, rspace.truncation)
@@ -129,20 +135,26 @@ class FLoRA(Method):
         return Factors(A, {module: torch.zeros_like(B) for module, B in reference.B.items()})
 
 
-def _singular(uploads: Sequence[Factors], like: Factors, weights: Tensor | None) -> Factors:
+def _singular(
+    uploads: Sequence[Factors], like: Factors, weights: Tensor | None, dense: bool = False
+) -> Factors:
     """The truncation of every layer, of the rank and in the dtype of ``like``."""
     A, B = {}, {}
     for module, A_like in like.A.items():
         try:
-            A_r, B_r = truncation(*stacked(uploads, module, weights), rank=A_like.shape[0])
+            left, right = stacked(uploads, module, weights)
+            A_r, B_r = truncation(left, right, rank=A_like.shape[0], dense=dense)
         except ValueError as error:
             raise ValueError(f"layer {module!r}: {error}") from error
         A[module], B[module] = A_r.to(A_like.dtype), B_r.to(A_like.dtype)
     return Factors(A, B)
 
 
-def truncation(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best ``A (rank, k)``, ``B (d, rank)`` for ``left @ right``, which is never formed.
+def truncation(
+    left: Tensor, right: Tensor, rank: int, *, dense: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The best ``A (rank, k)``, ``B (d, rank)`` for ``left @ right``, which is formed for ``dense``
+    alone.
 
     QR of both stacks, SVD of the small core. The sign of each singular pair is such that the
     largest entry of its row of ``A`` is positive.
@@ -150,16 +162,20 @@ def truncation(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the core overflows, or a factor is not finite.
     """
-    Q_left, R_left = torch.linalg.qr(left)
-    Q_right, R_right = torch.linalg.qr(right.mT)
-    core = R_left @ R_right.mT
+    if dense:
+        core = left @ right
+    else:
+        Q_left, R_left = torch.linalg.qr(left)
+        Q_right, R_right = torch.linalg.qr(right.mT)
+        core = R_left @ R_right.mT
     if not torch.isfinite(core).all():
         raise ValueError(
             "the exact average overflows its dtype; scale the factors down or use a wider dtype"
         )
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-    A = Vh[:rank] @ Q_right.mT
-    B = Q_left @ (U[:, :rank] * S[:rank])
+    A, B = Vh[:rank], U[:, :rank] * S[:rank]
+    if not dense:
+        A, B = A @ Q_right.mT, Q_left @ B
     sign = torch.where(A.gather(1, A.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0).to(A.dtype)
     missing = rank - A.shape[0]  # a layer narrower than the rank
     return pad(A * sign, (0, 0, 0, missing)), pad(B * sign.mT, (0, missing))
