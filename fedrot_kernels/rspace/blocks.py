@@ -71,6 +71,7 @@ class Blocks:
         def scale(G: Tensor) -> Tensor:
             size = G.diagonal(dim1=1, dim2=2).mean(1)
             exponent = torch.frexp(torch.where(size > 0, size, 1.0)).exponent
+            exponent = exponent.clamp(-126, 126)  # powers that float32 has
             return torch.ldexp(torch.ones_like(size), -exponent)
 
         s_A, s_B = scale(self.A)[:, None, None], scale(self.B)[:, None, None]

@@ -68,6 +68,11 @@ class Clients:
             )
 
     @property
+    def by_column(self) -> str | None:
+        """The column whose values are the clients."""
+        return self.column if self.partition == "column" else None
+
+    @property
     def per_round(self) -> int:
         """How many clients train in a round."""
         if self.participation > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -151,14 +152,16 @@ def test_what_is_held_out_leaves_one_of_everything(values, share, seed):
     groups = [torch.tensor(column) for column in zip(*values, strict=True)]
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))
     count = int(share * len(values))
-    held, kept = hold_out(order, count, groups)
+    assert hold_out(order, count, [], "x")[0].tolist() == sorted(order[:count].tolist())
+    try:
+        held, kept = hold_out(order, count, groups, "x=1")
+    except FedrotError as error:  # with one more, something would have no other
+        most = int(re.search(r"are \d+, and (\d+) can", str(error))[1])
+        assert str(error).startswith(f"x=1 of {len(values)} examples are {count}") and most < count
+        held, kept = hold_out(order, most, groups, "x=1")
+        for i in kept.tolist():
+            assert any(int((group[kept] == group[i]).sum()) == 1 for group in groups)
     assert sorted([*held.tolist(), *kept.tolist()]) == [*range(len(values))]
     assert held.tolist() == sorted(held.tolist()) and kept.tolist() == sorted(kept.tolist())
     for group in groups:
         assert {*group[kept].tolist()} == {*group.tolist()}
-    # As many as there can be: of one more, something would have no other.
-    if len(held) < count:
-        for i in kept.tolist():
-            assert any(int((group[kept] == group[i]).sum()) == 1 for group in groups)
-    # Where nothing is rare, those that come first.
-    assert hold_out(order, count, [])[0].tolist() == sorted(order[:count].tolist())

@@ -207,3 +207,19 @@ def test_a_robust_rule_is_for_what_is_beside_the_factors_too(rule):
     np.testing.assert_allclose(arrays[counter], [6])
     np.testing.assert_allclose(arrays[other], [6, 6])
     np.testing.assert_allclose(arrays[A], EYE, atol=1e-6)
+
+
+def test_what_is_beside_the_factors_may_be_any_float_of_the_global_shape():
+    """NumPy's floats that PyTorch has not; another shape names its node: it would be broadcast."""
+    for dtype in (">f4", np.longdouble, np.float16):
+        start = record({A: EYE, B: EYE, HEAD: np.zeros(3, dtype)})
+        heads = [np.full(3, h, dtype) for h in (1.0, 2.0, 9.0)]
+        apps = {
+            i: node(lambda _, h=h: {A: EYE, B: EYE, HEAD: h}, 1) for i, h in enumerate(heads, 1)
+        }
+        arrays, _ = one_round(FedLoRA(Robust("median")), InProcess(apps), start)
+        np.testing.assert_array_equal(arrays[HEAD], np.full(3, 2.0))
+    apps[2] = node(lambda _: {A: EYE, B: EYE, HEAD: np.ones(1, np.float16)}, 1)
+    message = rf"node 2: '{HEAD}' has shape \(1,\), the global one \(3,\)"
+    with pytest.raises(ValueError, match=message):
+        one_round(FedLoRA(methods.FedIT()), InProcess(apps), start)

@@ -257,7 +257,7 @@ def test_flexlora_names_what_is_wrong():
             FlexLoRA(gauge).aggregate(uploads, other, weights)
 
 
-@pytest.mark.parametrize("size", [1e-12, 1e-6, 1e8, 1e12, 1e17])
+@pytest.mark.parametrize("size", [1e-19, 1e-12, 1e-6, 1e8, 1e12, 1e17])
 def test_the_size_of_the_factors_changes_nothing(size):
     """In float32, whose numbers end at 1e38: what a rule loses is the same share of the whole. A
     truncation of mixed ranks gives the same rank, and 1e17 overflows nothing."""

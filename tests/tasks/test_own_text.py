@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from test_text_tasks import config_of, write
 
@@ -37,26 +39,48 @@ def test_own_classification(tmp_path, roberta):
 @pytest.mark.parametrize("validation", [0.0, 0.2])
 def test_a_rare_client_and_label_keep_an_example(tmp_path, roberta, validation):
     """Of 62 examples two are a client's and two have a label, and a fifth is held out, with
-    `validation` twice: whatever the seed, three clients and three labels are left. A column of
-    which hardly a value repeats does not keep examples from being held out."""
-    rows = [{"text": f"t {i}", "label": i % 2, "user": i % 2, "id": i} for i in range(58)]
-    rows += [{"text": f"r {i}", "label": 0, "user": 2, "id": 90} for i in range(2)]
-    rows += [{"text": f"l {i}", "label": 2, "user": 0, "id": 90} for i in range(2)]
+    `validation` twice: whatever the seed, three clients and three labels are left."""
+    rows = [{"text": f"t {i}", "label": i % 2, "user": i % 2} for i in range(58)]
+    rows += [{"text": f"r {i}", "label": 0, "user": 2} for i in range(2)]
+    rows += [{"text": f"l {i}", "label": 2, "user": 0} for i in range(2)]
     write(tmp_path / "own.jsonl", rows)
-    clients = {"count": 3, "partition": "column", "column": "user"}
     for seed in range(10):
         config = config_of(
             "text",
-            {"clients": clients, "seed": seed, "validation": validation},
+            {
+                "clients": {"count": 3, "partition": "column", "column": "user"},
+                "seed": seed,
+                "validation": validation,
+            },
             model=str(roberta),
             data=str(tmp_path / "own.jsonl"),
         )
         federation = prepare(config)
         assert len(federation.examples) == 3 and federation.data.classes == 3
         kept = 62 - round(0.2 * 62)
-        held = round(validation * kept) or round(0.2 * 62)
-        assert len(federation.data.test["labels"]) == held
-        assert len(federation.data.labels) == (kept - held if validation else kept)
+        held = round(validation * kept)
+        assert len(federation.data.labels) == kept - held
+        assert len(federation.data.test["labels"]) == (held or 62 - kept)
+
+
+def test_what_clients_are_not_made_of_does_not_choose_the_test_part(tmp_path, roberta):
+    """Texts and columns in which most values stand once: the test part has these values too."""
+    rows = [
+        {
+            "text": f"t{i}" if i < 60 else "spam",
+            "label": "a" if i < 30 else "b",
+            "user": "big" if i < 30 else f"u{i}",
+        }
+        for i in range(80)
+    ]
+    write(tmp_path / "own.jsonl", rows)
+    task = config_of("text", model=str(roberta), data=str(tmp_path / "own.jsonl")).task
+    _, train, test = task._read(0, None)
+    assert (len(train["text"]), len(test["text"])) == (64, 16)
+    assert len({*test["text"]} - {*train["text"]}) > 8 and len({*test["user"]}) > 8
+    message = r"task\.test_fraction=0\.5 of 80 examples are 40, and 29 can"  # 51 users
+    with pytest.raises(FedrotError, match=message):
+        replace(task, test_fraction=0.5).prepare(0, clients_by="user")
 
 
 def test_parts_of_an_own_folder(tmp_path, roberta):

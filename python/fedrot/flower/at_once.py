@@ -77,6 +77,7 @@ class FedLoRA(FedAvg):
                 clients.append(rounds.reference.take(upload.values, upload.who, dtype))
                 weights.append(weight_of(reply, self.weighted_by_key, upload.who))
                 rest.append(rounds.rest(upload))
+                rounds.check_rest(rest[-1], upload.who)
                 reply.content[upload.key] = rest[-1]
         factors = rounds.aggregate(clients, weights, round) if clients else None
         arrays, metrics = super().aggregate_train(round, [reply for reply, _ in received])
@@ -123,6 +124,16 @@ class _Method(Rounds):
             round=round - 1,
         )
 
+    def check_rest(self, rest: ArrayRecord, who: str) -> None:
+        """Raise ValueError where an array beside the factors has not the global one's shape."""
+        start = self.reference.record
+        for key, array in rest.items():
+            if key in start and tuple(array.shape) != tuple(start[key].shape):
+                raise ValueError(
+                    f"{who}: {key!r} has shape {tuple(array.shape)}, the global one "
+                    f"{tuple(start[key].shape)}"
+                )
+
     def average_rest(self, rest: list[ArrayRecord], weights: list[float]) -> dict[str, Array]:
         """The arrays of floating point beside the factors that the global ones have, too."""
         start = self.reference.record
@@ -146,4 +157,5 @@ class _Method(Rounds):
 
 
 def _tensors(record: ArrayRecord, keys: list[str]) -> dict[str, Tensor]:
-    return {key: torch.from_numpy(record[key].numpy()) for key in keys}
+    """In float64: NumPy has floats that PyTorch has not."""
+    return {key: torch.from_numpy(record[key].numpy().astype(np.float64)) for key in keys}

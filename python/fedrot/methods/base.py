@@ -138,7 +138,7 @@ class Method(ABC):
         weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What becomes of parameters beside the factors, as a trained head or biases: by name, in
-        float64. Here their weighted mean.
+        float64 on the CPU. Here their weighted mean.
 
         Args:
             rest: per client the tensors of the names of ``like``.
@@ -152,7 +152,8 @@ class Method(ABC):
             for name, t in own.items():
                 if not torch.isfinite(t).all():
                     raise ValueError(f"client {i}: {name} is not finite")
-        return self._rest(rest, like, normalised(weights, len(rest)).cpu())
+        own_like, *on_cpu = ({name: own[name].cpu() for name in like} for own in (like, *rest))
+        return self._rest(on_cpu, own_like, normalised(weights, len(rest)).cpu())
 
     def _rest(
         self, rest: Sequence[Mapping[str, Tensor]], like: Mapping[str, Tensor], weights: Tensor

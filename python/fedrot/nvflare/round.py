@@ -236,7 +236,7 @@ def _like(average: Tensor, sent: Any) -> Any:
     like = _tensor(sent, "the global model")
     if not like.is_floating_point():
         average = average.round()
-    average = average.to(like.dtype).view(like.shape)
+    average = average.to(like.device, like.dtype).view(like.shape)
     return average if isinstance(sent, Tensor) else average.numpy()
 
 

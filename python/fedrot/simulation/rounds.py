@@ -170,7 +170,7 @@ def federate(
 def prepare(config: Config, track: Track = no_progress) -> Federation:
     """Data, partition and adapted model of a configuration."""
     device = device_of(config.device)
-    data = config.task.prepare(config.seed, track)
+    data = config.task.prepare(config.seed, track, config.clients.by_column)
     if config.validation:
         data = _with_validation(data, config)
     base = config.task.load_model(data).to(device)
@@ -209,10 +209,10 @@ def device_of(name: str) -> torch.device:
 def _with_validation(data: TaskData, config: Config) -> TaskData:
     """The same task with a part of its training examples in the place of the test part."""
     order = torch.randperm(len(data.labels), generator=generator(config.seed, "validation"))
-    # Every client keeps an example.
-    column = config.clients.column if config.clients.partition == "column" else None
+    column = config.clients.by_column  # of whose values each keeps an example
     groups = [values for name, values in data.columns.items() if name == column]
-    held, kept = hold_out(order, max(1, round(config.validation * len(order))), groups)
+    count = max(1, round(config.validation * len(order)))
+    held, kept = hold_out(order, count, groups, f"validation={config.validation}")
     return replace(
         data,
         train={key: value[kept] for key, value in data.train.items()},

@@ -140,7 +140,8 @@ def _run(jobs: Sequence[Job], workers: int, track: Track, label: str) -> dict[Pa
         else:
             todo.append(job)
     if todo:
-        todo[0].config.task.prepare(todo[0].config.seed, track)  # once, not in every process
+        first = todo[0].config  # once, not in every process
+        first.task.prepare(first.seed, track, first.clients.by_column)
     for job, summary in track(_Finished(todo, workers), label):
         found[job.path] = summary
     return found

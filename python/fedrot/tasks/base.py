@@ -59,8 +59,14 @@ class Task(Protocol):
     title: ClassVar[str]
     preset: ClassVar[dict[str, Any]]
 
-    def prepare(self, seed: int, track: Track = no_progress) -> TaskData:
-        """Data and base model of a run; makes and caches the base model where it is missing."""
+    def prepare(
+        self, seed: int, track: Track = no_progress, clients_by: str | None = None
+    ) -> TaskData:
+        """Data and base model of a run; makes and caches the base model where it is missing.
+
+        ``clients_by``: the column that clients are made of. Where the task itself holds out its
+        test part, every value of this column keeps a training example.
+        """
         ...
 
     def load_model(self, data: TaskData) -> nn.Module:

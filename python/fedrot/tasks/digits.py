@@ -50,7 +50,9 @@ class Digits:
     pretrain_seed: int = option(0, at_least=0, below=2**32)
     test_fraction: float = option(0.2, above=0, below=1)
 
-    def prepare(self, seed: int, track: Track = no_progress) -> TaskData:
+    def prepare(
+        self, seed: int, track: Track = no_progress, clients_by: str | None = None
+    ) -> TaskData:
         base = self._base(seed, track)
         train, test = _split(range(5, 10), self.test_fraction, seed)
         return TaskData(base, train, test, train["labels"], facts(base))

@@ -51,7 +51,9 @@ class Gsm8k(TextTask):
     dtype: str = option("bfloat16", choices=("float32", "bfloat16", "float16"))
     eval_batch: int = option(16, at_least=1)
 
-    def prepare(self, seed: int, track: Track = no_progress) -> TaskData:
+    def prepare(
+        self, seed: int, track: Track = no_progress, clients_by: str | None = None
+    ) -> TaskData:
         base = model_folder(self.model)
         folder = data_folder(self.data, files=SOURCES["gsm8k"].files)
         folder = folder / "main" if (folder / "main").is_dir() else folder
@@ -115,7 +117,9 @@ class CodeSearchNet(TextTask):
     dtype: str = option("bfloat16", choices=("float32", "bfloat16", "float16"))
     eval_batch: int = option(16, at_least=1)
 
-    def prepare(self, seed: int, track: Track = no_progress) -> TaskData:
+    def prepare(
+        self, seed: int, track: Track = no_progress, clients_by: str | None = None
+    ) -> TaskData:
         base = model_folder(self.model)
         folder = data_folder(self.data)
         folder = folder / "all" if (folder / "all").is_dir() else folder

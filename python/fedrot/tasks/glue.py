@@ -32,7 +32,9 @@ class Glue(TextTask):
     model: str = option(SOURCES["sst2"].model)
     data: str = option(SOURCES["sst2"].data)
 
-    def prepare(self, seed: int, track: Track = no_progress) -> TaskData:
+    def prepare(
+        self, seed: int, track: Track = no_progress, clients_by: str | None = None
+    ) -> TaskData:
         base = model_folder(self.model)
         folder = data_folder(self.data, files=SOURCES[self.subset].files)
         if (folder / self.subset).is_dir():

@@ -36,10 +36,16 @@ def split(data: TaskData, clients: Clients, seed: int) -> list[Tensor]:
     return dirichlet(labels, count, clients.alpha, seed)
 
 
-def hold_out(order: Tensor, count: int, groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def hold_out(
+    order: Tensor, count: int, groups: Sequence[Tensor], option: str
+) -> tuple[Tensor, Tensor]:
     """The first ``count`` examples of a random ``order``, and all others, both sorted; but of every
     value in each of ``groups``, integers ``(n,)``, the last example is never held out: there would
-    be a client, or a label, without any."""
+    be a client, or a label, without any.
+
+    Raises:
+        FedrotError: there are not so many, ``option`` asks for too much.
+    """
     left = [(group.tolist(), torch.bincount(group).tolist()) for group in groups]
     held: list[int] = []
     for i in order.tolist():
@@ -49,6 +55,11 @@ def hold_out(order: Tensor, count: int, groups: Sequence[Tensor]) -> tuple[Tenso
             held.append(i)
             for values, counts in left:
                 counts[values[i]] -= 1
+    if len(held) < count:
+        raise FedrotError(
+            f"{option} of {len(order)} examples are {count}, and {len(held)} can be held out with "
+            "an example left of every label and client"
+        )
     kept = torch.ones(len(order), dtype=torch.bool)
     kept[held] = False
     return (~kept).nonzero().flatten(), kept.nonzero().flatten()

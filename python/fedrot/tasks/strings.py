@@ -63,7 +63,9 @@ class Strings:
     pretrain_lr: float = option(3e-3, above=0)
     pretrain_seed: int = option(0, at_least=0, below=2**32)
 
-    def prepare(self, seed: int, track: Track = no_progress) -> TaskData:
+    def prepare(
+        self, seed: int, track: Track = no_progress, clients_by: str | None = None
+    ) -> TaskData:
         base = cached("strings", self._key(), lambda: self._pretrain(track))
         draw = torch.Generator().manual_seed(seed)
         # The test part has other strings than the training part.

@@ -161,17 +161,19 @@ class Text(TextTask):
     prompt: str = option("prompt")
     answer: str = option("answer")
 
-    def prepare(self, seed: int, track: Track = no_progress) -> TaskData:
+    def prepare(
+        self, seed: int, track: Track = no_progress, clients_by: str | None = None
+    ) -> TaskData:
         for key in ("model", "data"):
             if not getattr(self, key):
                 raise FedrotError(f"task.{key} must be given: --task text task.{key}=PATH")
-        kind, train, test = self._read(seed)
+        kind, train, test = self._read(seed, clients_by)
         base = model_folder(self.model)
         if kind == "classification":
             return self._classification(base, train, test, seed)
         return self._generation(base, train, test, seed)
 
-    def _read(self, seed: int) -> tuple[str, Columns, Columns]:
+    def _read(self, seed: int, clients_by: str | None) -> tuple[str, Columns, Columns]:
         """Whether it is a classification or a generation, the training and the test part."""
         data = Path(self.data).expanduser()
         tests = [Path(self.test).expanduser()] if self.test else []
@@ -202,14 +204,9 @@ class Text(TextTask):
             )
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         labels = [codes(train[self.label])[0]] if kind == "classification" else []
-        # Columns that clients may be made of: with an example left for each of their values.
-        others = [group for group in groups_of(train).values() if int(group.max()) < n - cut]
-        held, kept = (rows.tolist() for rows in hold_out(order, cut, [*labels, *others]))
-        if not held:
-            raise FedrotError(
-                f"task.test_fraction={self.test_fraction} of the {n} examples of {self.data}: none "
-                "can be held out without leaving a label, or a value of another column, without any"
-            )
+        clients = [codes(train[clients_by])[0]] if clients_by in train else []
+        option = f"task.test_fraction={self.test_fraction}"
+        held, kept = (rows.tolist() for rows in hold_out(order, cut, [*labels, *clients], option))
         return (
             kind,
             {name: [values[i] for i in kept] for name, values in train.items()},
@@ -263,18 +260,6 @@ class Text(TextTask):
         return assemble(self, base, parts, train, seed)
 
 
-def groups_of(columns: Columns) -> dict[str, Tensor]:
-    """What examples can be partitioned by: the columns of texts and whole numbers of which some
-    repeat, as integers ``(n,)``."""
-    groups = {}
-    for name, values in columns.items():
-        if all(isinstance(value, str | int | bool | None) for value in values):
-            found, distinct = codes(values)
-            if len(distinct) < len(values):
-                groups[name] = found
-    return groups
-
-
 def assemble(
     task: TextTask,
     base: Path,
@@ -297,7 +282,12 @@ def assemble(
         known["too_long"] = left_out
     train, test = train.first(task.max_train, seed), test.first(task.max_test, seed)
     rows = train.kept.tolist()
-    groups = groups_of({name: [values[i] for i in rows] for name, values in columns.items()})
+    groups = {}
+    for name, values in columns.items():
+        if all(isinstance(values[i], str | int | bool | None) for i in rows):
+            found, distinct = codes(values[i] for i in rows)
+            if len(distinct) < len(rows):
+                groups[name] = found
     labels = train.batch["labels"]
     if not classes:
         labels = groups[split_by] if split_by in groups else torch.zeros(len(rows)).long()
