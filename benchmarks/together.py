@@ -79,7 +79,7 @@ def compare(clients: int, rounds: int) -> list[str]:
     ]
 
 
-def main(rounds: int = 9) -> None:
+def main(rounds: int = 7) -> None:
     torch.set_num_threads(1)
     rows = [compare(clients, rounds) for clients in CLIENTS]
     print(markdown(["clients", "one after the other", "together", "times as long"], rows))

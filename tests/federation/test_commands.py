@@ -323,6 +323,8 @@ def test_paired_interval():
     differences = result.differences(second)
     assert mean_std(differences) == (pytest.approx(0.2), pytest.approx(0.1))
     assert mean_std([0.5, float("inf")]) == (float("inf"), None)  # an error that overflows
+    both = mean_std([float("inf"), -float("inf")])
+    assert math.isnan(both[0]) and both[1] is None
     half = 4.302653 * 0.1 / math.sqrt(3)  # Student's t, 2 degrees of freedom, two-sided 95 %
     found = paired(differences)
     assert (found.low, found.high) == (pytest.approx(0.2 - half), pytest.approx(0.2 + half))

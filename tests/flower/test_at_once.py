@@ -223,3 +223,6 @@ def test_what_is_beside_the_factors_may_be_any_float_of_the_global_shape():
     message = rf"node 2: '{HEAD}' has shape \(1,\), the global one \(3,\)"
     with pytest.raises(ValueError, match=message):
         one_round(FedLoRA(methods.FedIT()), InProcess(apps), start)
+    large = {i: node(lambda _: {A: EYE, B: EYE, HEAD: np.full(3, 1e6)}, 1) for i in (1, 2)}
+    with pytest.raises(ValueError, match=rf"the new '{HEAD}' does not fit into float16"):
+        one_round(FedLoRA(methods.FedIT()), InProcess(large), start)

@@ -74,6 +74,17 @@ def test_flexlora_is_the_dense_truncation(ranks, weighted, dense):
         assert bool((largest > 0).all())  # the sign rule
 
 
+@pytest.mark.parametrize(
+    "method", [FlexLoRA(), FlexLoRA("reference"), FlexLoRA(energy=0.9), FlexLoRA(dense=True)]
+)
+def test_flexlora_names_what_is_not_finite(method):
+    uploads, reference, _ = federation()
+    uploads[1].B[next(iter(SHAPES))][0, 0] = float("nan")
+    message = rf"lora_B holds a non-finite value for client 1, layer '{next(iter(SHAPES))}'"
+    with pytest.raises(ValueError, match=message):
+        method.aggregate(uploads, reference)
+
+
 def test_dense_is_for_the_published_gauge():
     with pytest.raises(ValueError, match=r"dense=true is for gauge=singular, got gauge=reference"):
         FlexLoRA("reference", dense=True)

@@ -13,6 +13,9 @@ pytest.importorskip(
     "nvflare.apis", reason="NVFLARE is not installed: pip install 'fedrot[nvflare]'"
 )
 
+from nvflare.apis.fl_context import FLContext
+from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from two_clients import (
     EYE,
     FIRST,
@@ -252,3 +255,20 @@ def test_options_survive_the_job_configuration(tmp_path):
 def test_the_paper_s_method_is_that_of_the_other_aggregator():
     check(of_two(FedLoRAAggregator("fedrot", {"lam": 1.0})), A=2.5 * EYE, B=2.5 * EYE)
     check(of_two(FedRotAggregator(lam=1.0)), A=2.5 * EYE, B=2.5 * EYE)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("fedit", 37.0), ("robust", 10.0)])
+def test_scatter_and_gather_gives_no_names(name, wanted):
+    """Every client is "unknown" there: none may take another's place."""
+    for heads in itertools.permutations((1.0, 10.0, 100.0)):
+        aggregator = FedLoRAAggregator(name, {"rule": "median"} if name == "robust" else {})
+        send(aggregator, GLOBAL)
+        for head in heads:
+            model = FLModel(
+                params={A: EYE, B: EYE, HEAD: torch.full((2,), head)},
+                params_type="FULL",
+                current_round=0,
+            )
+            assert aggregator.accept(FLModelUtils.to_shareable(model), FLContext())
+        result = FLModelUtils.from_shareable(aggregator.aggregate(FLContext()))
+        torch.testing.assert_close(result.params[HEAD], torch.full((2,), wanted))

@@ -83,6 +83,15 @@ def test_what_clients_are_not_made_of_does_not_choose_the_test_part(tmp_path, ro
         replace(task, test_fraction=0.5).prepare(0, clients_by="user")
 
 
+def test_clients_are_made_of_simple_values(tmp_path, roberta):
+    rows = [{"text": f"t {i}", "label": i % 2, "tags": ["a"]} for i in range(10)]
+    write(tmp_path / "own.jsonl", rows)
+    clients = {"count": 1, "partition": "column", "column": "tags"}
+    options = {"model": str(roberta), "data": str(tmp_path / "own.jsonl")}
+    with pytest.raises(FedrotError, match=r"clients\.column must name a column of the task"):
+        prepare(config_of("text", {"clients": clients}, **options))
+
+
 def test_parts_of_an_own_folder(tmp_path, roberta):
     """The test part is found at any depth, and is never taken from a longer word."""
     rows = [{"text": str(i), "label": i % 2} for i in range(10)]

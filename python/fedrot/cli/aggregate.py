@@ -292,7 +292,7 @@ def _bound(
 
 def _is_least(summary: dict[str, float | None]) -> bool:
     """Whether the error is the bound but for rounding. It is not where float32 has no number for
-    the squares of the factors."""
+    the squares of the factors, nor where the bound is less than the rounding of the result."""
     error, bound, norm = (summary[key] for key in ("error_aligned", "error_bound", "norm"))
     assert error is not None and bound is not None and norm is not None
     return error <= bound + 1e-3 * norm

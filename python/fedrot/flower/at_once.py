@@ -147,7 +147,14 @@ class _Method(Rounds):
             _tensors(start, keys),
             torch.tensor(weights, dtype=torch.float64),
         )
-        return {key: Array(found[key].numpy().astype(start[key].dtype)) for key in keys}
+        new = {}
+        for key in keys:
+            with np.errstate(over="ignore"):
+                value = found[key].numpy().astype(start[key].dtype)
+            if not np.isfinite(value).all():
+                raise ValueError(f"the new {key!r} does not fit into {value.dtype}")
+            new[key] = Array(value)
+        return new
 
     def padded(self, factors: Factors) -> Factors:
         """In the ranks of the global arrays."""

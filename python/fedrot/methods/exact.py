@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,11 @@ class FlexLoRA(Method):
         if self.dense and self.gauge != "singular":
             raise ValueError(f"dense=true is for gauge=singular, got gauge={self.gauge}")
 
+    @classmethod
+    def takes(cls, given: Mapping[str, Any]) -> set[str]:
+        singular = given.get("gauge", cls.gauge) == "singular"
+        return super().takes(given) - (set() if singular else {"dense"})
+
     @property
     def steady_basis(self) -> bool:
         # Singular vectors turn and swap from round to round; a rank may go and come.
@@ -68,6 +73,7 @@ class FlexLoRA(Method):
         generator: torch.Generator | None = None,
     ) -> Factors:
         checked_weights(uploads, reference, weights)  # and the layers
+        _check_finite(uploads)
         if self.energy is not None:
             bounds = {module: A.shape[0] for module, A in reference.A.items()}
             values = singular_values(uploads, weights)
@@ -135,6 +141,16 @@ class FLoRA(Method):
         return Factors(A, {module: torch.zeros_like(B) for module, B in reference.B.items()})
 
 
+def _check_finite(uploads: Sequence[Factors]) -> None:
+    for i, upload in enumerate(uploads):
+        for side, factors in (("A", upload.A), ("B", upload.B)):
+            for module, t in factors.items():
+                if not torch.isfinite(t).all():
+                    raise ValueError(
+                        f"lora_{side} holds a non-finite value for client {i}, layer {module!r}"
+                    )
+
+
 def _singular(
     uploads: Sequence[Factors], like: Factors, weights: Tensor | None, dense: bool = False
 ) -> Factors:
@@ -160,7 +176,7 @@ def truncation(
     largest entry of its row of ``A`` is positive.
 
     Raises:
-        ValueError: the core overflows, or a factor is not finite.
+        ValueError: the core overflows.
     """
     if dense:
         core = left @ right

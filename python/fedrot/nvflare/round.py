@@ -28,7 +28,7 @@ class Gathered:
     def __init__(self, reference: Factors, method: Method, round: int, drop: bool) -> None:
         self._reference, self._method, self._number, self._drop = reference, method, round, drop
         self._clients: list[tuple[str, Factors, float]] = []
-        self._rest: dict[str, Mapping[str, Tensor]] = {}
+        self._rest: list[tuple[str, Mapping[str, Tensor]]] = []  # as long, in the same order
 
     def accept(self, client: Factors, weight: float, *, name: str) -> bool:
         for layer in client.A:
@@ -44,8 +44,8 @@ class Gathered:
         return True
 
     def accept_rest(self, rest: Mapping[str, Tensor], *, name: str) -> None:
-        """What an accepted client has beside its factors."""
-        self._rest[name] = rest
+        """What the client that was accepted last has beside its factors."""
+        self._rest.append((name, rest))
 
     def finish(self) -> Factors:
         ordered, w = self._ordered()
@@ -56,8 +56,9 @@ class Gathered:
     def finish_rest(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The method's average of what is beside the factors; ``like``: what clients started
         from."""
-        ordered, w = self._ordered()
-        return self._method.average_rest([self._rest[name] for name, *_ in ordered], like, w)
+        _, w = self._ordered()
+        ordered = sorted(self._rest, key=lambda r: r[0])  # names may be missing, and so the same
+        return self._method.average_rest([rest for _, rest in ordered], like, w)
 
     def _ordered(self) -> tuple[list[tuple[str, Factors, float]], Tensor]:
         """The clients by name, and their weights."""

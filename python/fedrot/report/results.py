@@ -102,8 +102,9 @@ def mean_std(values: Sequence[float] | None) -> MeanStd | None:
     finite."""
     if not values:
         return None
-    mean = statistics.fmean(values)
-    return mean, statistics.stdev(values) if len(values) > 1 and math.isfinite(mean) else None
+    if not all(map(math.isfinite, values)):
+        return sum(values) / len(values), None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def paired(differences: Sequence[float]) -> Difference | None:

@@ -204,7 +204,10 @@ class Text(TextTask):
             )
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         labels = [codes(train[self.label])[0]] if kind == "classification" else []
-        clients = [codes(train[clients_by])[0]] if clients_by in train else []
+        # What cannot be a client's column is refused later, where clients are made.
+        values = train.get(clients_by or "", [])
+        simple = values and all(isinstance(v, str | int | bool | None) for v in values)
+        clients = [codes(values)[0]] if simple else []
         option = f"task.test_fraction={self.test_fraction}"
         held, kept = (rows.tolist() for rows in hold_out(order, cut, [*labels, *clients], option))
         return (
