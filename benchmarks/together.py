@@ -3,7 +3,7 @@
 
 `digits` with its default options. The loop is the shortest there is: PEFT's forward and backward
 and `torch.optim` (fused), a client at a time. Processor time of one thread, medians over rounds in
-which the two alternate; before that, both must give the same factors.
+which the two alternate; both must give the same factors.
 """
 
 from __future__ import annotations

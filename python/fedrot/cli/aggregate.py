@@ -247,6 +247,7 @@ def _errors(merged: Merged, method: FedRot | FlexLoRA | Robust) -> list[tuple[st
     layers = merged.uploads.target.keys.layers.values()
     ranks = ", ".join(str(rank) for rank in sorted({layer.rank for layer in layers}))
     summary = merged.misalignment.summary()
+    error = error_text(summary["error_aligned"], summary["relative_aligned"])
     energy = []
     if spectrum := merged.spectrum and merged.spectrum.summary():
         asked, kept = (f"{100 * spectrum[key]:.4g} %" for key in ("energy", "kept"))
@@ -256,11 +257,7 @@ def _errors(merged: Merged, method: FedRot | FlexLoRA | Robust) -> list[tuple[st
         *energy,
         ("mean rotation", f"{summary['mean_angle']:.1f} degrees from the reference"),
         ("error, plain average", error_text(summary["error_plain"], summary["relative_plain"])),
-        (
-            f"error, {method.name}",
-            f"{error_text(summary['error_aligned'], summary['relative_aligned'])}"
-            f"{_how(method, summary)}",
-        ),
+        (f"error, {method.name}", ", ".join(filter(None, (error, _how(method, summary))))),
         *_chosen(merged),
         *_bound(summary, method),
     ]
@@ -324,12 +321,12 @@ def _how(method: FedRot | FlexLoRA | Robust, summary: dict[str, float | None]) -
     from fedrot.methods import FedRot, FlexLoRA, Robust
 
     if isinstance(method, FlexLoRA):
-        return ", the least of any adapter of this rank" if _is_least(summary) else ""
+        return "the least of any adapter of this rank" if _is_least(summary) else ""
     if isinstance(method, FedRot) and method.rotation == "shifted":
-        return f", shifted, eps {method.eps:g}, align {method.align}"
+        return f"shifted, eps {method.eps:g}, align {method.align}"
     lam = method.lam if isinstance(method.lam, str) else f"{method.lam:g}"
     rule = f"{method.rule}, " if isinstance(method, Robust) else ""
-    return f", {rule}lam {lam}, align {method.align}"
+    return f"{rule}lam {lam}, align {method.align}"
 
 
 def error_text(error: float | None, relative: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Gathered:
     def __init__(self, reference: Factors, method: Method, round: int, drop: bool) -> None:
         self._reference, self._method, self._number, self._drop = reference, method, round, drop
         self._clients: list[tuple[str, Factors, float]] = []
-        self._rest: list[tuple[str, Mapping[str, Tensor]]] = []  # as long, in the same order
+        self._rest: list[Mapping[str, Tensor]] = []  # of the same clients
 
     def accept(self, client: Factors, weight: float, *, name: str) -> bool:
         for layer in client.A:
@@ -43,29 +44,29 @@ class Gathered:
         self._clients.append((name, client, weight))
         return True
 
-    def accept_rest(self, rest: Mapping[str, Tensor], *, name: str) -> None:
+    def accept_rest(self, rest: Mapping[str, Tensor]) -> None:
         """What the client that was accepted last has beside its factors."""
-        self._rest.append((name, rest))
+        self._rest.append(rest)
 
     def finish(self) -> Factors:
-        ordered, w = self._ordered()
-        clients = [client for _, client, _ in ordered]
+        order, w = self._ordered()
+        clients = [self._clients[i][1] for i in order]
         new = self._method.aggregate(clients, self._reference, w, round=self._number)
         return resized(new, {layer: len(A) for layer, A in self._reference.A.items()})
 
     def finish_rest(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The method's average of what is beside the factors; ``like``: what clients started
         from."""
-        _, w = self._ordered()
-        ordered = sorted(self._rest, key=lambda r: r[0])  # names may be missing, and so the same
-        return self._method.average_rest([rest for _, rest in ordered], like, w)
+        order, w = self._ordered()
+        return self._method.average_rest([self._rest[i] for i in order], like, w)
 
-    def _ordered(self) -> tuple[list[tuple[str, Factors, float]], Tensor]:
-        """The clients by name, and their weights."""
-        ordered = sorted(self._clients, key=lambda c: c[0])
-        weights = [weight for _, _, weight in ordered]
-        check_total(len(ordered), math.fsum(weights))
-        return ordered, torch.tensor(weights, dtype=torch.float64)
+    def _ordered(self) -> tuple[list[int], Tensor]:
+        """The clients in the order of their names, which may be missing and so the same, and their
+        weights."""
+        order = sorted(range(len(self._clients)), key=lambda i: self._clients[i][0])
+        weights = [self._clients[i][2] for i in order]
+        check_total(len(order), math.fsum(weights))
+        return order, torch.tensor(weights, dtype=torch.float64)
 
 
 class Clipping(StreamingAggregator):
@@ -131,9 +132,10 @@ class Round:
             return False
         rest = {key: params[key] for key in self._plain}
         if isinstance(self._factors, Gathered):
-            self._factors.accept_rest(rest, name=name)
+            self._factors.accept_rest(rest)
+            rest = {key: t for key, t in rest.items() if key not in self._beside}
         elif isinstance(self._factors, Clipping):
-            rest |= self._factors.clipped(rest, self._like())
+            rest |= self._factors.clipped(rest, self._beside)
         self._averages.add({key: _addend(t) for key, t in rest.items()}, weight, name, None)
         if model.metrics is None:
             self._metrics = None
@@ -145,7 +147,7 @@ class Round:
         factors = self._factors.finish()
         params = self._averages.get_result()
         if isinstance(self._factors, Gathered):
-            params.update(self._factors.finish_rest(self._like()))
+            params.update(self._factors.finish_rest(self._beside))
         for layer, (key_A, key_B) in self._layers.items():
             params[key_A], params[key_B] = factors.A[layer], factors.B[layer]
             if self.params_type == ParamsType.DIFF:
@@ -157,7 +159,8 @@ class Round:
             metrics=(self._metrics.get_result() or None) if self._metrics else None,
         )
 
-    def _like(self) -> dict[str, Tensor]:
+    @cached_property
+    def _beside(self) -> dict[str, Tensor]:
         """What clients started from beside the factors and is of floating point, in the terms in
         which they return it."""
         sent = {key: _tensor(self._sent[key], key) for key in self._plain}

@@ -206,8 +206,7 @@ class Text(TextTask):
         labels = [codes(train[self.label])[0]] if kind == "classification" else []
         # What cannot be a client's column is refused later, where clients are made.
         values = train.get(clients_by or "", [])
-        simple = values and all(isinstance(v, str | int | bool | None) for v in values)
-        clients = [codes(values)[0]] if simple else []
+        clients = [codes(values)[0]] if values and _are_simple(values) else []
         option = f"task.test_fraction={self.test_fraction}"
         held, kept = (rows.tolist() for rows in hold_out(order, cut, [*labels, *clients], option))
         return (
@@ -263,6 +262,11 @@ class Text(TextTask):
         return assemble(self, base, parts, train, seed)
 
 
+def _are_simple(values: Sequence[Any]) -> bool:
+    """Whether examples can be told apart by them."""
+    return all(isinstance(value, str | int | bool | None) for value in values)
+
+
 def assemble(
     task: TextTask,
     base: Path,
@@ -287,8 +291,8 @@ def assemble(
     rows = train.kept.tolist()
     groups = {}
     for name, values in columns.items():
-        if all(isinstance(values[i], str | int | bool | None) for i in rows):
-            found, distinct = codes(values[i] for i in rows)
+        if _are_simple(of_rows := [values[i] for i in rows]):
+            found, distinct = codes(of_rows)
             if len(distinct) < len(rows):
                 groups[name] = found
     labels = train.batch["labels"]
