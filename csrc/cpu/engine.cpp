@@ -146,8 +146,7 @@ class Engine {
       else
         fetch_next();
       const Layer s = problem_.shapes[layer];
-      const double elements = double(s.r) * covariance_length(s);
-      spread(elements, elements * s.r, arena);
+      spread(double(s.r) * s.r * covariance_length(s), arena);
       covariance(layer, i, reference, M, arena);
     }
   }
@@ -209,8 +208,7 @@ class Engine {
         fetch(layer, last, std::min(last + block, problem_.clients), Align::joint, arena);
       else
         fetch_layer(next, arena);
-      const double directions = double(last - first) * s.r, positions = s.d + s.k;
-      spread(directions * positions, directions * s.r * (covariance_length(s) + positions), arena);
+      spread(double(last - first) * s.r * s.r * (covariance_length(s) + s.d + s.k), arena);
       for (int i = first; i < last; ++i)
         covariance(layer, i, reference, W + (i - first) * square(layer), arena);
       rotate(layer, last - first, W, arena);
@@ -243,8 +241,7 @@ class Engine {
     arena.segments.clear();
     fetch_next();
     const int r = problem_.shapes[layer].r;
-    const double elements = double(problem_.clients) * r * (range.end - range.begin);
-    spread(elements, elements * r, arena);
+    spread(double(problem_.clients) * r * r * (range.end - range.begin), arena);
     average(layer, range, 0, problem_.clients, W, out, nullptr, arena);
   }
 
@@ -290,12 +287,8 @@ class Engine {
       fetch(layer, 0, 1, problem_.align, arena);
   }
 
-  // Spreads the fetching of the list over work that reads so many elements and does so many
-  // multiply-adds. Where there are few to a byte, prefetches may only take the line buffers that
-  // the loads need.
-  void spread(double elements, double multiply_adds, Arena& arena) const {
-    if (multiply_adds < kernels_.look_ahead_from * elements * bytes_of(problem_.client_dtype))
-      arena.segments.clear();
+  // Spreads the fetching of the list over work that does so many multiply-adds.
+  void spread(double multiply_adds, Arena& arena) const {
     double bytes = 0;
     for (const Ahead::Segment& segment : arena.segments) bytes += double(segment.bytes);
     const Ahead::Segment* segments = arena.segments.data();

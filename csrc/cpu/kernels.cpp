@@ -16,19 +16,12 @@ std::size_t scratch_size(int r) {
   return std::max(panel_scratch<Acc>(r), rotation_scratch<Acc>(r));
 }
 
-// Found by timing: 0 on Zen 3 and Zen 4; 2 on the Xeon that has the matrix unit.
-#if defined(__AMX_BF16__)
-constexpr double look_ahead_from = 2;
-#else
-constexpr double look_ahead_from = 0;
-#endif
-
 template <class Acc>
 cpu::Kernels<Acc> table() {
   return {
-      look_ahead_from,     scratch_size<Acc>, rotation_scratch<Acc>, reference_size<Acc>,
-      load_reference<Acc>, covariance<Acc>,   rotations<Acc>,        polars<Acc>,
-      apply<Acc>,          panel_width<Acc>,  gram_scratch<Acc>,     gram<Acc>,
+      scratch_size<Acc>, rotation_scratch<Acc>, reference_size<Acc>, load_reference<Acc>,
+      covariance<Acc>,   rotations<Acc>,        polars<Acc>,         apply<Acc>,
+      panel_width<Acc>,  gram_scratch<Acc>,     gram<Acc>,
   };
 }
 
@@ -38,7 +31,6 @@ template <>
 cpu::Kernels<float> table<float>() {
   using Reference = cpu::Reference<float>;
   return {
-      look_ahead_from,
       [](int r) { return std::max(scratch_size<float>(r), tile_scratch(r)); },
       rotation_scratch<float>,
       [](const Layer& s) { return std::max(reference_size<float>(s), tile_reference_size(s)); },

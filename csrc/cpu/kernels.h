@@ -43,8 +43,6 @@ struct Ahead {
 // Acc is float, or double where any tensor of the call is float64.
 template <class Acc>
 struct Kernels {
-  // Multiply-adds a byte read from where on memory is fetched ahead.
-  double look_ahead_from;
   // Elements of scratch that any stage needs for rank r; r x r matrices alone need the second.
   std::size_t (*scratch_size)(int r);
   std::size_t (*matrix_scratch_size)(int r);
