@@ -1,6 +1,11 @@
-// Look-ahead into memory: while one block of clients is computed with, the next one is fetched into
-// the cache, a little with every step of the inner loops. Hardware prefetchers do not see across
-// pages and tensors, and a burst of prefetches waits for memory just as loads do.
+// Look-ahead into memory, in one of two ways.
+//   listed    While one block of clients is computed with, the next one is fetched into the cache,
+//   a
+//             little with every step of the inner loops. Hardware prefetchers do not see across
+//             pages and tensors, and a burst of prefetches waits for memory just as loads do.
+//   in order  A loop fetches what it reads itself a little later. A core that waits long for memory
+//             has too few line buffers for a list: prefetchers, which have more, must run ahead,
+//             and they follow only what is read in order.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +17,12 @@ namespace fedrot {
 inline namespace FEDROT_ISA {
 
 using cpu::Ahead;
+
+#if defined(__AMX_BF16__)
+constexpr bool may_be_in_order = true;
+#else
+constexpr bool may_be_in_order = false;  // not tried elsewhere
+#endif
 
 // What one inner loop asks for: `step` bytes more with every advance().
 struct Stream {
@@ -47,6 +58,12 @@ inline Stream take(Ahead& ahead, int multiply_adds, std::int64_t iterations) {
 inline void advance(Stream& stream) {
   __builtin_prefetch(stream.at, 0, 2);  // the second-level cache: the first is in use
   stream.at += stream.step;
+}
+
+// In order: the line that lies so far behind `at`.
+inline void fetch_later(const void* at) {
+  constexpr std::int64_t distance = 1024;
+  __builtin_prefetch(static_cast<const char*>(at) + distance);
 }
 
 }  // namespace FEDROT_ISA

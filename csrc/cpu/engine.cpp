@@ -2,7 +2,8 @@
 //   whole layers   a unit is a layer. Where a core's own cache holds several clients, each block of
 //                  them gets covariances, rotations and its share of the average before the next
 //                  one is read, so that the second read comes from that cache; else all clients
-//                  are read twice. What comes next is fetched meanwhile (ahead.h).
+//                  are read twice. What comes next is fetched meanwhile, or where lines are fetched
+//                  in order, sides that are read once stay out of the blocks (ahead.h).
 //   parts          for few layers: first the rotations (unit: layer x block of clients), then the
 //                  average (unit: layer x side x range of positions)
 #include "engine.h"
@@ -108,16 +109,30 @@ class Engine {
     return std::size_t(problem_.shapes[layer].r) * problem_.shapes[layer].r;
   }
 
-  std::int64_t client_bytes(int layer) const {
-    const Layer s = problem_.shapes[layer];
-    return bytes_of(problem_.client_dtype) * s.r * (s.d + s.k);
+  bool in_order(int layer) const { return kernels_.in_order(problem_, problem_.shapes[layer].r); }
+
+  // Whether covariances read the factors of this side.
+  bool is_aligned(Side side) const {
+    return problem_.lam > 0 && problem_.align != (side == Side::A ? Align::B : Align::A);
   }
 
-  // Clients of one layer that the cache holds together, or 0 where it is not worth while: every
-  // block of clients but the first reads the sums of those before it and writes them again.
+  // Positions that the covariance of one client sums over.
+  std::int64_t covariance_length(const Layer& s) const {
+    return (is_aligned(Side::A) ? s.k : 0) + (is_aligned(Side::B) ? s.d : 0);
+  }
+
+  // Whether this side is averaged block by block of clients, if there are blocks.
+  bool is_in_blocks(int layer, Side side) const { return !in_order(layer) || is_aligned(side); }
+
+  // Clients a block: those of one layer that the cache holds together, or 0 where it is not worth
+  // while. Every block but the first reads the sums of those before it and writes them again.
   int cached_clients(int layer) const {
-    constexpr int fewest = 4;
-    const std::int64_t cached = cache_bytes() / client_bytes(layer);
+    const Layer s = problem_.shapes[layer];
+    const int fewest = in_order(layer) ? 2 : 4;
+    const std::int64_t positions =
+        (is_in_blocks(layer, Side::A) ? s.k : 0) + (is_in_blocks(layer, Side::B) ? s.d : 0);
+    if (positions == 0) return 0;
+    const std::int64_t cached = cache_bytes() / (bytes_of(problem_.client_dtype) * s.r * positions);
     if (cached < std::min(fewest, problem_.clients)) return 0;
     // Of about one size: a few clients left over are little work to fetch the next layer behind.
     const std::int64_t blocks = std::max<std::int64_t>(1, (problem_.clients + cached - 1) / cached);
@@ -146,7 +161,7 @@ class Engine {
       else
         fetch_next();
       const Layer s = problem_.shapes[layer];
-      spread(double(s.r) * s.r * covariance_length(s), arena);
+      spread(layer, double(s.r) * s.r * covariance_length(s), arena);
       covariance(layer, i, reference, M, arena);
     }
   }
@@ -173,10 +188,7 @@ class Engine {
 
   void whole_layers(const Matrix* out_A, const Matrix* out_B) {
     each_unit(problem_.layers, [&](int layer, int next, Arena& arena) {
-      if (cached_clients(layer) > 0)
-        read_once(layer, next, out_A[layer], out_B[layer], arena);
-      else
-        read_twice(layer, next, out_A[layer], out_B[layer], arena);
+      whole_layer(layer, next, out_A[layer], out_B[layer], arena);
     });
   }
 
@@ -194,11 +206,34 @@ class Engine {
     });
   }
 
-  void read_once(int layer, int next, const Matrix& out_A, const Matrix& out_B, Arena& arena) {
-    const Layer s = problem_.shapes[layer];
+  void whole_layer(int layer, int next, const Matrix& out_A, const Matrix& out_B, Arena& arena) {
     const int block = cached_clients(layer);
+    const std::vector<Range> ranges = ranges_left(layer);
+    Acc* W = matrices(layer, problem_.clients, arena);
+    auto fetch_rest = [&](std::size_t from) {
+      if (from < ranges.size())
+        fetch(layer, ranges[from], arena);
+      else
+        fetch_layer(next, arena);
+    };
+    if (block > 0) {
+      in_blocks(layer, block, W, out_A, out_B, arena, [&] { fetch_rest(0); });
+    } else {
+      covariances(layer, 0, problem_.clients, W, arena, [&] { fetch_rest(0); });
+      rotate(layer, problem_.clients, W, arena);
+      weigh(layer, 0, problem_.clients, W);
+    }
+    for (std::size_t j = 0; j < ranges.size(); ++j)
+      average_all(layer, ranges[j], W, ranges[j].side == Side::A ? out_A : out_B, arena,
+                  [&] { fetch_rest(j + 1); });
+  }
+
+  // `fetch_next()` as for covariances.
+  template <class F>
+  void in_blocks(int layer, int block, Acc* W, const Matrix& out_A, const Matrix& out_B,
+                 Arena& arena, F fetch_next) {
+    const Layer s = problem_.shapes[layer];
     const Reference<Acc> reference = this->reference(layer, arena);
-    Acc* W = matrices(layer, block, arena);
     Acc* sums_A = block < problem_.clients ? arena.sums : nullptr;
     Acc* sums_B = sums_A ? sums_A + s.r * (s.k + panel_padding) : nullptr;
     for (int first = 0; first < problem_.clients; first += block) {
@@ -207,31 +242,27 @@ class Engine {
       if (last < problem_.clients)
         fetch(layer, last, std::min(last + block, problem_.clients), Align::joint, arena);
       else
-        fetch_layer(next, arena);
-      spread(double(last - first) * s.r * s.r * (covariance_length(s) + s.d + s.k), arena);
+        fetch_next();
+      spread(layer, double(last - first) * s.r * s.r * (covariance_length(s) + s.d + s.k), arena);
+      Acc* R = W + first * square(layer);
       for (int i = first; i < last; ++i)
-        covariance(layer, i, reference, W + (i - first) * square(layer), arena);
-      rotate(layer, last - first, W, arena);
-      weigh(layer, first, last, W);
-      average(layer, {Side::A, 0, s.k}, first, last, W, out_A, sums_A, arena);
-      average(layer, {Side::B, 0, s.d}, first, last, W, out_B, sums_B, arena);
+        covariance(layer, i, reference, W + i * square(layer), arena);
+      rotate(layer, last - first, R, arena);
+      weigh(layer, first, last, R);
+      if (is_in_blocks(layer, Side::A))
+        average(layer, {Side::A, 0, s.k}, first, last, R, out_A, sums_A, arena);
+      if (is_in_blocks(layer, Side::B))
+        average(layer, {Side::B, 0, s.d}, first, last, R, out_B, sums_B, arena);
     }
   }
 
-  void read_twice(int layer, int next, const Matrix& out_A, const Matrix& out_B, Arena& arena) {
-    const Layer s = problem_.shapes[layer];
-    const std::vector<Range> ranges = ranges_of(s);
-    Acc* W = matrices(layer, problem_.clients, arena);
-    covariances(layer, 0, problem_.clients, W, arena, [&] { fetch(layer, ranges.front(), arena); });
-    rotate(layer, problem_.clients, W, arena);
-    weigh(layer, 0, problem_.clients, W);
-    for (std::size_t j = 0; j < ranges.size(); ++j)
-      average_all(layer, ranges[j], W, ranges[j].side == Side::A ? out_A : out_B, arena, [&] {
-        if (j + 1 < ranges.size())
-          fetch(layer, ranges[j + 1], arena);
-        else
-          fetch_layer(next, arena);
-      });
+  // What blocks of clients leave of the average of a layer.
+  std::vector<Range> ranges_left(int layer) const {
+    const bool blocks = cached_clients(layer) > 0;
+    std::vector<Range> ranges;
+    for (const Range& range : ranges_of(problem_.shapes[layer]))
+      if (!blocks || !is_in_blocks(layer, range.side)) ranges.push_back(range);
+    return ranges;
   }
 
   // A range of all clients; `fetch_next()` as for covariances.
@@ -241,14 +272,8 @@ class Engine {
     arena.segments.clear();
     fetch_next();
     const int r = problem_.shapes[layer].r;
-    spread(double(problem_.clients) * r * r * (range.end - range.begin), arena);
+    spread(layer, double(problem_.clients) * r * r * (range.end - range.begin), arena);
     average(layer, range, 0, problem_.clients, W, out, nullptr, arena);
-  }
-
-  // Positions that the covariance of one client sums over.
-  std::int64_t covariance_length(const Layer& s) const {
-    if (!(problem_.lam > 0)) return 0;
-    return (problem_.align != Align::B ? s.k : 0) + (problem_.align != Align::A ? s.d : 0);
   }
 
   // fetch: adds what comes next to the list, of whole clients the factors that `align` reads.
@@ -287,13 +312,14 @@ class Engine {
       fetch(layer, 0, 1, problem_.align, arena);
   }
 
-  // Spreads the fetching of the list over work that does so many multiply-adds.
-  void spread(double multiply_adds, Arena& arena) const {
+  // Spreads the fetching of the list over work on this layer that does so many multiply-adds.
+  void spread(int layer, double multiply_adds, Arena& arena) const {
+    if (in_order(layer)) arena.segments.clear();
     double bytes = 0;
     for (const Ahead::Segment& segment : arena.segments) bytes += double(segment.bytes);
     const Ahead::Segment* segments = arena.segments.data();
     arena.ahead = {segments, segments + arena.segments.size(), 0,
-                   multiply_adds > 0 ? bytes / multiply_adds : 0};
+                   multiply_adds > 0 ? bytes / multiply_adds : 0, in_order(layer)};
   }
 
   // The rotations of every block, into `place(block, arena)`; then `done(block, R)`.

@@ -29,7 +29,7 @@ struct Reference {
   Block<Acc> A, B;
 };
 
-// Memory to fetch while something else is computed.
+// Memory to fetch while something else is computed, see ahead.h.
 struct Ahead {
   struct Segment {
     const char* data;
@@ -38,11 +38,14 @@ struct Ahead {
   const Segment *next, *end;
   std::int64_t used;  // bytes of *next that have been asked for
   double bytes_per_multiply_add;
+  bool in_order;  // no list: every loop fetches what it reads itself a little later
 };
 
 // Acc is float, or double where any tensor of the call is float64.
 template <class Acc>
 struct Kernels {
+  // Whether loops over clients of this rank fetch in order.
+  bool (*in_order)(const Problem&, int r);
   // Elements of scratch that any stage needs for rank r; r x r matrices alone need the second.
   std::size_t (*scratch_size)(int r);
   std::size_t (*matrix_scratch_size)(int r);

@@ -25,9 +25,10 @@ inline void with_rank(int r, F f) {
 }
 
 // sums[p][q] += X[p][t] Y[q][t] lane by lane for P x Q entries; rows of sums are `cols` vectors.
+// first: X has not been read before.
 template <int P, int Q, class Acc, class T>
-inline void dot_tile(int count, const T* X, std::int64_t x_row, const Acc* Y, std::int64_t y_row,
-                     Acc* sums, int cols, Ahead& ahead) {
+inline void dot_tile(bool first, int count, const T* X, std::int64_t x_row, const Acc* Y,
+                     std::int64_t y_row, Acc* sums, int cols, Ahead& ahead) {
   Vector<Acc> s[P][Q], y[Q];
   FEDROT_UNROLL
   for (int p = 0; p < P; ++p) {
@@ -38,6 +39,7 @@ inline void dot_tile(int count, const T* X, std::int64_t x_row, const Acc* Y, st
   constexpr int multiply_adds = P * Q * lanes<Acc>, steps = (multiply_adds + 95) / 96;
   Stream stream =
       take(ahead, multiply_adds / steps, steps * ((count + lanes<Acc> - 1) / lanes<Acc>));
+  const bool in_order = may_be_in_order && ahead.in_order && first;
   for (int t = 0; t < count; t += lanes<Acc>) {
     const int left = count - t;
     auto load_at = [=](const auto* p) {
@@ -48,6 +50,7 @@ inline void dot_tile(int count, const T* X, std::int64_t x_row, const Acc* Y, st
     FEDROT_UNROLL
     for (int p = 0; p < P; ++p) {
       const Vector<Acc> x = load_at(X + p * x_row);
+      if (in_order) fetch_later(X + p * x_row + t);
       FEDROT_UNROLL
       for (int q = 0; q < Q; ++q) s[p][q] += x * y[q];
     }
@@ -64,7 +67,8 @@ template <int P, int Q, class Acc, class T>
 inline void dot_columns(int cols, int from, int count, const T* X, std::int64_t x_row, const Acc* Y,
                         std::int64_t y_row, Acc* sums, Ahead& ahead) {
   for (; from + Q <= cols; from += Q)
-    dot_tile<P, Q>(count, X, x_row, Y + from * y_row, y_row, sums + from * lanes<Acc>, cols, ahead);
+    dot_tile<P, Q>(from == 0, count, X, x_row, Y + from * y_row, y_row, sums + from * lanes<Acc>,
+                   cols, ahead);
   if constexpr (Q > 1)
     if (from < cols) dot_columns<P, Q - 1>(cols, from, count, X, x_row, Y, y_row, sums, ahead);
 }
@@ -104,12 +108,13 @@ inline void position_covariance(int count, const T* X, const Acc* Y, Acc* M, Ahe
     each_turn<R, Acc>(y, [&](int s, Vector<Acc> turned) { sums[set][s] += x * turned; });
   };
   const std::int64_t length = std::int64_t(count) * R;
+  const bool in_order = may_be_in_order && ahead.in_order;
   Stream stream = take(ahead, R * used, length / used);
   std::int64_t at = 0;
   for (; at + (sets - 1) * used + lanes<Acc> <= length; at += sets * used)
     unrolled<sets>([&](int set) {
       step(set, load_as<Acc>(X + at + set * used), load(Y + at + set * used));
-      advance(stream);
+      in_order ? fetch_later(X + at + set * used) : advance(stream);
     });
   for (; at < length; at += used) {
     const int n = int(length - at < used ? length - at : used);
@@ -146,6 +151,7 @@ inline void position_product(int count, int clients, const T* const* X, const Ac
                              Acc* C, Ahead& ahead) {
   constexpr int used = lanes<Acc> / R * R, block = 8;  // vectors that share a load of V, sums apart
   const std::int64_t length = std::int64_t(count) * R;
+  const bool in_order = may_be_in_order && ahead.in_order;
   auto add = [&](auto vectors, std::int64_t at, Vector<Acc>* c, auto load_x) {
     Stream stream = take(ahead, R * used, vectors() * clients);
     for (int i = 0; i < clients; ++i) {
@@ -154,7 +160,7 @@ inline void position_product(int count, int clients, const T* const* X, const Ac
       unrolled<vectors()>([&](int u) {
         each_turn<R, Acc>(load_x(X[i] + at + u * used),
                           [&](int s, Vector<Acc> turned) { c[u] += turned * v[s]; });
-        advance(stream);
+        in_order ? fetch_later(X[i] + at + u * used) : advance(stream);
       });
     }
   };
