@@ -1,11 +1,10 @@
 // Look-ahead into memory, in one of two ways.
 //   listed    While one block of clients is computed with, the next one is fetched into the cache,
-//   a
-//             little with every step of the inner loops. Hardware prefetchers do not see across
+//             a little with every step of the inner loops. Hardware prefetchers do not see across
 //             pages and tensors, and a burst of prefetches waits for memory just as loads do.
 //   in order  A loop fetches what it reads itself a little later. A core that waits long for memory
-//             has too few line buffers for a list: prefetchers, which have more, must run ahead,
-//             and they follow only what is read in order.
+//             has too few line buffers for a list: its prefetchers, which have more, must run
+//             ahead, and they follow only what is read in order.
 #pragma once
 
 #include <algorithm>
@@ -60,7 +59,7 @@ inline void advance(Stream& stream) {
   stream.at += stream.step;
 }
 
-// In order: the line that lies so far behind `at`.
+// In order: the line so many bytes after `at`.
 inline void fetch_later(const void* at) {
   constexpr std::int64_t distance = 1024;
   __builtin_prefetch(static_cast<const char*>(at) + distance);

@@ -60,7 +60,7 @@ bool combined(const Problem& problem, int r, const Acc* mix_A, const Acc* mix_B,
       W = packed;
     }
     Ahead ahead{};
-    ahead.in_order = table.in_order(problem, rank);
+    ahead.in_order = table.fetches_in_order(problem, rank);
     const Matrix& out = (side == Side::A ? out_A : out_B)[layer];
     if (!table.apply(problem, layer, side, begin, end, 0, problem.clients, W, ahead, out, nullptr,
                      own))

@@ -109,7 +109,9 @@ class Engine {
     return std::size_t(problem_.shapes[layer].r) * problem_.shapes[layer].r;
   }
 
-  bool in_order(int layer) const { return kernels_.in_order(problem_, problem_.shapes[layer].r); }
+  bool in_order(int layer) const {
+    return kernels_.fetches_in_order(problem_, problem_.shapes[layer].r);
+  }
 
   // Whether covariances read the factors of this side.
   bool is_aligned(Side side) const {
@@ -155,13 +157,13 @@ class Engine {
   void covariances(int layer, int first, int last, Acc* M, Arena& arena, F fetch_next) {
     const Reference<Acc> reference = this->reference(layer, arena);
     for (int i = first; i < last; ++i, M += square(layer)) {
-      arena.segments.clear();
-      if (i + 1 < last)
-        fetch(layer, i + 1, i + 2, problem_.align, arena);
-      else
-        fetch_next();
       const Layer s = problem_.shapes[layer];
-      spread(layer, double(s.r) * s.r * covariance_length(s), arena);
+      look_ahead(layer, double(s.r) * s.r * covariance_length(s), arena, [&] {
+        if (i + 1 < last)
+          fetch(layer, i + 1, i + 2, problem_.align, arena);
+        else
+          fetch_next();
+      });
       covariance(layer, i, reference, M, arena);
     }
   }
@@ -208,8 +210,9 @@ class Engine {
 
   void whole_layer(int layer, int next, const Matrix& out_A, const Matrix& out_B, Arena& arena) {
     const int block = cached_clients(layer);
-    const std::vector<Range> ranges = ranges_left(layer);
-    Acc* W = matrices(layer, problem_.clients, arena);
+    const std::vector<Range> ranges = ranges_left(layer, block);
+    const int kept = block > 0 && ranges.empty() ? block : problem_.clients;
+    Acc* W = matrices(layer, kept, arena);
     auto fetch_rest = [&](std::size_t from) {
       if (from < ranges.size())
         fetch(layer, ranges[from], arena);
@@ -217,7 +220,7 @@ class Engine {
         fetch_layer(next, arena);
     };
     if (block > 0) {
-      in_blocks(layer, block, W, out_A, out_B, arena, [&] { fetch_rest(0); });
+      in_blocks(layer, block, kept, W, out_A, out_B, arena, [&] { fetch_rest(0); });
     } else {
       covariances(layer, 0, problem_.clients, W, arena, [&] { fetch_rest(0); });
       rotate(layer, problem_.clients, W, arena);
@@ -228,9 +231,10 @@ class Engine {
                   [&] { fetch_rest(j + 1); });
   }
 
-  // `fetch_next()` as for covariances.
+  // W (kept, r, r): all clients, or each block in the place of the last. `fetch_next()` as for
+  // covariances.
   template <class F>
-  void in_blocks(int layer, int block, Acc* W, const Matrix& out_A, const Matrix& out_B,
+  void in_blocks(int layer, int block, int kept, Acc* W, const Matrix& out_A, const Matrix& out_B,
                  Arena& arena, F fetch_next) {
     const Layer s = problem_.shapes[layer];
     const Reference<Acc> reference = this->reference(layer, arena);
@@ -238,15 +242,17 @@ class Engine {
     Acc* sums_B = sums_A ? sums_A + s.r * (s.k + panel_padding) : nullptr;
     for (int first = 0; first < problem_.clients; first += block) {
       const int last = std::min(first + block, problem_.clients);
-      arena.segments.clear();
-      if (last < problem_.clients)
-        fetch(layer, last, std::min(last + block, problem_.clients), Align::joint, arena);
-      else
-        fetch_next();
-      spread(layer, double(last - first) * s.r * s.r * (covariance_length(s) + s.d + s.k), arena);
-      Acc* R = W + first * square(layer);
+      const double multiply_adds =
+          double(last - first) * s.r * s.r * (covariance_length(s) + s.d + s.k);
+      look_ahead(layer, multiply_adds, arena, [&] {
+        if (last < problem_.clients)
+          fetch(layer, last, std::min(last + block, problem_.clients), Align::joint, arena);
+        else
+          fetch_next();
+      });
+      Acc* R = W + first % kept * square(layer);
       for (int i = first; i < last; ++i)
-        covariance(layer, i, reference, W + i * square(layer), arena);
+        covariance(layer, i, reference, R + (i - first) * square(layer), arena);
       rotate(layer, last - first, R, arena);
       weigh(layer, first, last, R);
       if (is_in_blocks(layer, Side::A))
@@ -257,11 +263,10 @@ class Engine {
   }
 
   // What blocks of clients leave of the average of a layer.
-  std::vector<Range> ranges_left(int layer) const {
-    const bool blocks = cached_clients(layer) > 0;
+  std::vector<Range> ranges_left(int layer, int block) const {
     std::vector<Range> ranges;
     for (const Range& range : ranges_of(problem_.shapes[layer]))
-      if (!blocks || !is_in_blocks(layer, range.side)) ranges.push_back(range);
+      if (block == 0 || !is_in_blocks(layer, range.side)) ranges.push_back(range);
     return ranges;
   }
 
@@ -269,10 +274,9 @@ class Engine {
   template <class F>
   void average_all(int layer, const Range& range, const Acc* W, const Matrix& out, Arena& arena,
                    F fetch_next) {
-    arena.segments.clear();
-    fetch_next();
     const int r = problem_.shapes[layer].r;
-    spread(layer, double(problem_.clients) * r * r * (range.end - range.begin), arena);
+    look_ahead(layer, double(problem_.clients) * r * r * (range.end - range.begin), arena,
+               fetch_next);
     average(layer, range, 0, problem_.clients, W, out, nullptr, arena);
   }
 
@@ -307,14 +311,17 @@ class Engine {
     if (layer >= problem_.layers) return;
     const int cached = cached_clients(layer);
     if (cached > 0)
-      fetch(layer, 0, cached, Align::joint, arena);
+      fetch(layer, 0, cached, in_order(layer) ? problem_.align : Align::joint, arena);
     else
       fetch(layer, 0, 1, problem_.align, arena);
   }
 
-  // Spreads the fetching of the list over work on this layer that does so many multiply-adds.
-  void spread(int layer, double multiply_adds, Arena& arena) const {
-    if (in_order(layer)) arena.segments.clear();
+  // Spreads the fetching of what `list()` adds over work on this layer that does so many
+  // multiply-adds; in order nothing is listed.
+  template <class F>
+  void look_ahead(int layer, double multiply_adds, Arena& arena, F list) const {
+    arena.segments.clear();
+    if (!in_order(layer)) list();
     double bytes = 0;
     for (const Ahead::Segment& segment : arena.segments) bytes += double(segment.bytes);
     const Ahead::Segment* segments = arena.segments.data();

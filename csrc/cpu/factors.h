@@ -47,14 +47,11 @@ inline bool by_few_rows(const Problem& problem, Side side, int r) {
          (many_registers ? r <= 2 * few_rows && !read_before : r <= few_rows);
 }
 
-// Whether loops over clients fetch in order, by timing: below rank 32, where memory is most of the
-// time, and where clients are read as they lie, not through panels. Not where B is aligned at a
-// small rank: rows of A are then too short, or all of a block is averaged from the cache and what
-// comes next can be fetched meanwhile.
+// Whether loops over clients fetch in order, by timing: where clients are read as they lie, and up
+// to the rank from which on columns of A are packed and arithmetic takes longer than memory.
 template <class Acc>
-bool in_order(const Problem& problem, int r) {
-  const bool aligns_B = problem.lam > 0 && problem.align != Align::A;
-  return may_be_in_order && is<Acc>(problem.client_dtype) && r <= 24 && !(aligns_B && r <= 4);
+bool fetches_in_order(const Problem& problem, int r) {
+  return may_be_in_order && is<Acc>(problem.client_dtype) && r <= unpacked_tiles * wide_rows;
 }
 
 // The reference A has contiguous directions, not positions, unless M is summed by dots.

@@ -19,9 +19,10 @@ std::size_t scratch_size(int r) {
 template <class Acc>
 cpu::Kernels<Acc> table() {
   return {
-      in_order<Acc>,       scratch_size<Acc>, rotation_scratch<Acc>, reference_size<Acc>,
-      load_reference<Acc>, covariance<Acc>,   rotations<Acc>,        polars<Acc>,
-      apply<Acc>,          panel_width<Acc>,  gram_scratch<Acc>,     gram<Acc>,
+      fetches_in_order<Acc>, scratch_size<Acc>,   rotation_scratch<Acc>,
+      reference_size<Acc>,   load_reference<Acc>, covariance<Acc>,
+      rotations<Acc>,        polars<Acc>,         apply<Acc>,
+      panel_width<Acc>,      gram_scratch<Acc>,   gram<Acc>,
   };
 }
 
@@ -31,7 +32,7 @@ template <>
 cpu::Kernels<float> table<float>() {
   using Reference = cpu::Reference<float>;
   return {
-      in_order<float>,
+      fetches_in_order<float>,
       [](int r) { return std::max(scratch_size<float>(r), tile_scratch(r)); },
       rotation_scratch<float>,
       [](const Layer& s) { return std::max(reference_size<float>(s), tile_reference_size(s)); },

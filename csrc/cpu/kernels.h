@@ -44,8 +44,8 @@ struct Ahead {
 // Acc is float, or double where any tensor of the call is float64.
 template <class Acc>
 struct Kernels {
-  // Whether loops over clients of this rank fetch in order.
-  bool (*in_order)(const Problem&, int r);
+  // Whether loops over clients fetch in order in this call, at this rank.
+  bool (*fetches_in_order)(const Problem&, int r);
   // Elements of scratch that any stage needs for rank r; r x r matrices alone need the second.
   std::size_t (*scratch_size)(int r);
   std::size_t (*matrix_scratch_size)(int r);

@@ -17,7 +17,8 @@ struct Term {
   int inner;
 };
 
-constexpr int most_terms = 8, packed_columns = 3;
+// Y is packed for more than unpacked_tiles tiles of rows, packed_columns vectors at a time.
+constexpr int most_terms = 8, packed_columns = 3, unpacked_tiles = 3;
 
 // What happens to the C that is there: overwritten; the first summand of one long sum, whose bits
 // do not depend on where it was interrupted; or added to a sum of its own, which keeps the rounding
@@ -25,7 +26,7 @@ constexpr int most_terms = 8, packed_columns = 3;
 enum class Into { replaced, continued, added };
 
 // P rows and Q vectors of columns of C, `tail` lanes of the last vector. unit: x_row is 1, and Y is
-// the client, else X. in_order: how it is fetched ahead.
+// the client where there is one, else X. in_order: how it is fetched ahead.
 template <int P, int Q, bool whole, bool unit, bool in_order, class Acc, class T>
 inline void product_tile(int terms, const Term<Acc, T>* term, std::int64_t row, std::int64_t col,
                          int tail, Into into, Acc* C, std::int64_t c_row, Ahead& ahead) {
@@ -100,10 +101,14 @@ inline void product_rows(int rows, int terms, const Term<Acc, T>* term, std::int
                          Ahead& ahead) {
   const std::int64_t left = rows - row, tiles = (left + P - 1) / P;
   for (const std::int64_t end = row + (left - tiles * (P - 1)) * P; row < end; row += P)
-    if (may_be_in_order && ahead.in_order && (unit ? row : col) == 0)  // the first to read it
-      product_tile<P, Q, whole, unit, true>(terms, term, row, col, tail, into, C, c_row, ahead);
-    else
+    if constexpr (may_be_in_order) {
+      if (ahead.in_order && (unit ? row : col) == 0)  // the first to read it
+        product_tile<P, Q, whole, unit, true>(terms, term, row, col, tail, into, C, c_row, ahead);
+      else
+        product_tile<P, Q, whole, unit, false>(terms, term, row, col, tail, into, C, c_row, ahead);
+    } else {
       product_tile<P, Q, whole, unit, false>(terms, term, row, col, tail, into, C, c_row, ahead);
+    }
   if constexpr (P > 1)
     if (row < rows)
       product_rows<P - 1, Q, whole, unit>(rows, terms, term, row, col, tail, into, C, c_row, ahead);
@@ -116,7 +121,7 @@ template <int P, int Q, bool whole, bool unit, class Acc, class T>
 inline void product_columns(int rows, int terms, const Term<Acc, T>* term, std::int64_t col,
                             int tail, Into into, Acc* C, std::int64_t c_row, Acc* packed,
                             Ahead& ahead) {
-  if (!packed || rows <= 3 * P)
+  if (!packed || rows <= unpacked_tiles * P)
     return product_rows<P, Q, whole, unit>(rows, terms, term, 0, col, tail, into, C, c_row, ahead);
   Term<Acc> copies[most_terms];
   for (int s = 0; s < terms; ++s) {

@@ -114,7 +114,10 @@ inline void position_covariance(int count, const T* X, const Acc* Y, Acc* M, Ahe
   for (; at + (sets - 1) * used + lanes<Acc> <= length; at += sets * used)
     unrolled<sets>([&](int set) {
       step(set, load_as<Acc>(X + at + set * used), load(Y + at + set * used));
-      in_order ? fetch_later(X + at + set * used) : advance(stream);
+      if (in_order)
+        fetch_later(X + at + set * used);
+      else
+        advance(stream);
     });
   for (; at < length; at += used) {
     const int n = int(length - at < used ? length - at : used);
@@ -160,7 +163,10 @@ inline void position_product(int count, int clients, const T* const* X, const Ac
       unrolled<vectors()>([&](int u) {
         each_turn<R, Acc>(load_x(X[i] + at + u * used),
                           [&](int s, Vector<Acc> turned) { c[u] += turned * v[s]; });
-        in_order ? fetch_later(X[i] + at + u * used) : advance(stream);
+        if (in_order)
+          fetch_later(X[i] + at + u * used);
+        else
+          advance(stream);
       });
     }
   };
