@@ -23,6 +23,8 @@ constexpr bool may_be_in_order = true;
 constexpr bool may_be_in_order = false;  // not tried elsewhere
 #endif
 
+inline bool is_in_order(const Ahead& ahead) { return may_be_in_order && ahead.in_order; }
+
 // What one inner loop asks for: `step` bytes more with every advance().
 struct Stream {
   const char* at;

@@ -113,18 +113,15 @@ class Engine {
     return kernels_.fetches_in_order(problem_, problem_.shapes[layer].r);
   }
 
-  // Whether covariances read the factors of this side.
-  bool is_aligned(Side side) const {
-    return problem_.lam > 0 && problem_.align != (side == Side::A ? Align::B : Align::A);
-  }
-
   // Positions that the covariance of one client sums over.
   std::int64_t covariance_length(const Layer& s) const {
-    return (is_aligned(Side::A) ? s.k : 0) + (is_aligned(Side::B) ? s.d : 0);
+    return (is_aligned(problem_, Side::A) ? s.k : 0) + (is_aligned(problem_, Side::B) ? s.d : 0);
   }
 
   // Whether this side is averaged block by block of clients, if there are blocks.
-  bool is_in_blocks(int layer, Side side) const { return !in_order(layer) || is_aligned(side); }
+  bool is_in_blocks(int layer, Side side) const {
+    return !in_order(layer) || is_aligned(problem_, side);
+  }
 
   // Clients a block: those of one layer that the cache holds together, or 0 where it is not worth
   // while. Every block but the first reads the sums of those before it and writes them again.

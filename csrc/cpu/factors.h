@@ -42,9 +42,8 @@ inline int clients_at_once(int directions, int r) {
 constexpr int few_rows = 8;
 template <class Acc>
 inline bool by_few_rows(const Problem& problem, Side side, int r) {
-  const bool read_before = problem.lam > 0 && problem.align != Align::B;
   return side == Side::A && is<Acc>(problem.client_dtype) &&
-         (many_registers ? r <= 2 * few_rows && !read_before : r <= few_rows);
+         (many_registers ? r <= 2 * few_rows && !cpu::is_aligned(problem, side) : r <= few_rows);
 }
 
 // Whether loops over clients fetch in order, by timing: where clients are read as they lie, and up

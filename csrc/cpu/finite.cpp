@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "kernels.h"
 #include "threads.h"
 
 namespace fedrot::cpu {
@@ -44,18 +45,18 @@ bool is_finite(const Matrix& matrix, std::int64_t rows, std::int64_t columns, DT
 
 bool unread_is_finite(const Problem& p, bool averaged, int threads) {
   std::atomic<bool> finite{true};
-  for (const Align side : {Align::A, Align::B}) {
-    if (p.lam > 0 && (p.align == side || p.align == Align::joint)) continue;
-    const Matrix* const ref = side == Align::A ? p.ref_A : p.ref_B;
-    const Matrix* const lora = side == Align::A ? p.lora_A : p.lora_B;
+  for (const Side side : {Side::A, Side::B}) {
+    if (is_aligned(p, side)) continue;
+    const Matrix* const ref = side == Side::A ? p.ref_A : p.ref_B;
+    const Matrix* const lora = side == Side::A ? p.lora_A : p.lora_B;
     const int of_clients = averaged ? 0 : p.clients * p.layers;
     parallel_for(p.layers + of_clients, threads, [&](int unit, int) {
       const bool is_ref = unit < p.layers;
       const int index = is_ref ? unit : unit - p.layers;
       const Layer& shape = p.shapes[index % p.layers];
       const int rank = is_ref ? shape.r : p.ranks[index];
-      const std::int64_t rows = side == Align::A ? rank : shape.d;
-      const std::int64_t columns = side == Align::A ? shape.k : rank;
+      const std::int64_t rows = side == Side::A ? rank : shape.d;
+      const std::int64_t columns = side == Side::A ? shape.k : rank;
       const Matrix& matrix = is_ref ? ref[index] : lora[index];
       if (!is_finite(matrix, rows, columns, is_ref ? p.ref_dtype : p.client_dtype)) finite = false;
     });

@@ -11,6 +11,11 @@ namespace fedrot::cpu {
 
 enum class Side { A, B };
 
+// Whether covariances read the factors of this side.
+inline bool is_aligned(const Problem& p, Side side) {
+  return p.lam > 0 && p.align != (side == Side::A ? Align::B : Align::A);
+}
+
 // Elements more from one row of a panel of A to the next: a power of two would put all rows into
 // few sets of the cache.
 constexpr int panel_padding = 16;

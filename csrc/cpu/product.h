@@ -48,7 +48,7 @@ inline void product_tile(int terms, const Term<Acc, T>* term, std::int64_t row, 
   for (int s = 0; s < terms; ++s) {
     const Term<Acc, T>& t = term[s];
     const std::int64_t x_row = unit ? 1 : t.x_row, x_inner = t.x_inner, y_row = t.y_row;
-    const int inner = t.inner, piece = in_order && !unit ? lanes<Acc> : inner;
+    const int inner = t.inner;
     Stream stream{};
     if (!in_order) stream = take(ahead, multiply_adds / steps, std::int64_t(steps) * inner);
     // Four rows a pointer: all rows then share three registers of offsets.
@@ -57,27 +57,25 @@ inline void product_tile(int terms, const Term<Acc, T>* term, std::int64_t row, 
     const T* Y = t.Y + col;
     FEDROT_UNROLL
     for (int a = 0; a < pointers; ++a) X[a] = t.X + (row + 4 * a) * x_row;
-    for (int begin = 0; begin < inner; begin += piece) {
-      if (in_order && !unit) {
+    for (int l = 0; l < inner; ++l, Y += y_row) {
+      if (in_order && !unit && l % lanes<Acc> == 0) {  // a line of every row
         FEDROT_UNROLL
         for (int p = 0; p < P; ++p) fetch_later(X[p / 4] + p % 4 * x_row);
       }
-      for (int l = begin, end = std::min(begin + piece, inner); l < end; ++l, Y += y_row) {
-        Vector<Acc> y[Q];
-        FEDROT_UNROLL
-        for (int q = 0; q < Q; ++q) {
-          y[q] = load_row(Y, q);
-          if (in_order && unit) fetch_later(Y + q * lanes<Acc>);
-        }
-        FEDROT_UNROLL
-        for (int p = 0; p < P; ++p) {
-          FEDROT_UNROLL
-          for (int q = 0; q < Q; ++q) sums[p][q] += X[p / 4][p % 4 * x_row] * y[q];
-        }
-        FEDROT_UNROLL
-        for (int a = 0; a < pointers; ++a) X[a] += x_inner;
-        if (!in_order) unrolled<steps>([&](int) { advance(stream); });
+      Vector<Acc> y[Q];
+      FEDROT_UNROLL
+      for (int q = 0; q < Q; ++q) {
+        y[q] = load_row(Y, q);
+        if (in_order && unit) fetch_later(Y + q * lanes<Acc>);
       }
+      FEDROT_UNROLL
+      for (int p = 0; p < P; ++p) {
+        FEDROT_UNROLL
+        for (int q = 0; q < Q; ++q) sums[p][q] += X[p / 4][p % 4 * x_row] * y[q];
+      }
+      FEDROT_UNROLL
+      for (int a = 0; a < pointers; ++a) X[a] += x_inner;
+      if (!in_order) unrolled<steps>([&](int) { advance(stream); });
     }
   }
   FEDROT_UNROLL
@@ -100,15 +98,14 @@ inline void product_rows(int rows, int terms, const Term<Acc, T>* term, std::int
                          std::int64_t col, int tail, Into into, Acc* C, std::int64_t c_row,
                          Ahead& ahead) {
   const std::int64_t left = rows - row, tiles = (left + P - 1) / P;
-  for (const std::int64_t end = row + (left - tiles * (P - 1)) * P; row < end; row += P)
-    if constexpr (may_be_in_order) {
-      if (ahead.in_order && (unit ? row : col) == 0)  // the first to read it
+  for (const std::int64_t end = row + (left - tiles * (P - 1)) * P; row < end; row += P) {
+    if constexpr (may_be_in_order)
+      if (ahead.in_order && (unit ? row : col) == 0) {  // the first to read it
         product_tile<P, Q, whole, unit, true>(terms, term, row, col, tail, into, C, c_row, ahead);
-      else
-        product_tile<P, Q, whole, unit, false>(terms, term, row, col, tail, into, C, c_row, ahead);
-    } else {
-      product_tile<P, Q, whole, unit, false>(terms, term, row, col, tail, into, C, c_row, ahead);
-    }
+        continue;
+      }
+    product_tile<P, Q, whole, unit, false>(terms, term, row, col, tail, into, C, c_row, ahead);
+  }
   if constexpr (P > 1)
     if (row < rows)
       product_rows<P - 1, Q, whole, unit>(rows, terms, term, row, col, tail, into, C, c_row, ahead);

@@ -39,7 +39,7 @@ inline void dot_tile(bool first, int count, const T* X, std::int64_t x_row, cons
   constexpr int multiply_adds = P * Q * lanes<Acc>, steps = (multiply_adds + 95) / 96;
   Stream stream =
       take(ahead, multiply_adds / steps, steps * ((count + lanes<Acc> - 1) / lanes<Acc>));
-  const bool in_order = may_be_in_order && ahead.in_order && first;
+  const bool in_order = is_in_order(ahead) && first;
   for (int t = 0; t < count; t += lanes<Acc>) {
     const int left = count - t;
     auto load_at = [=](const auto* p) {
@@ -108,7 +108,7 @@ inline void position_covariance(int count, const T* X, const Acc* Y, Acc* M, Ahe
     each_turn<R, Acc>(y, [&](int s, Vector<Acc> turned) { sums[set][s] += x * turned; });
   };
   const std::int64_t length = std::int64_t(count) * R;
-  const bool in_order = may_be_in_order && ahead.in_order;
+  const bool in_order = is_in_order(ahead);
   Stream stream = take(ahead, R * used, length / used);
   std::int64_t at = 0;
   for (; at + (sets - 1) * used + lanes<Acc> <= length; at += sets * used)
@@ -154,7 +154,7 @@ inline void position_product(int count, int clients, const T* const* X, const Ac
                              Acc* C, Ahead& ahead) {
   constexpr int used = lanes<Acc> / R * R, block = 8;  // vectors that share a load of V, sums apart
   const std::int64_t length = std::int64_t(count) * R;
-  const bool in_order = may_be_in_order && ahead.in_order;
+  const bool in_order = is_in_order(ahead);
   auto add = [&](auto vectors, std::int64_t at, Vector<Acc>* c, auto load_x) {
     Stream stream = take(ahead, R * used, vectors() * clients);
     for (int i = 0; i < clients; ++i) {
