@@ -6,15 +6,14 @@ kind can be put into the weights, and by averaging what the clients' models say 
 is no model). What changes weights learns `digits`, virtual tokens `strings`. Values of every seed
 go to docs/findings/kinds.json.
 
-`python -m benchmarks.kinds rates` gives the accuracy of a single client at every learning rate, on
-a seed that is not measured; the `rate` of each `Case` is the best.
+`python -m benchmarks.kinds --rates` gives the accuracy of a single client at every learning rate,
+on a seed that is not measured; the `rate` of each `Case` is the best.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -22,10 +21,11 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import peft
 import torch
+import typer
 from torch import Tensor, nn
 
 import fedrot
@@ -237,15 +237,20 @@ def rates() -> None:
         print(f"| {case.kind} | {' | '.join(cells)} |", flush=True)
 
 
-def main(arguments: list[str]) -> None:
+def main(
+    seeds: Annotated[int, typer.Argument(min=1)] = SEEDS,
+    by_rate: Annotated[
+        bool, typer.Option("--rates", help="Accuracy of a single client by learning rate instead.")
+    ] = False,
+) -> None:
+    """Merge, print the table and write it to docs/findings/."""
     torch.set_num_threads(1)
-    if arguments == ["rates"]:
+    if by_rate:
         rates()
         return
-    count = int(arguments[0]) if arguments else SEEDS
     for task in TASKS:
         prepared(task, 0)  # here, lest every process trains the base model
-    jobs = [(case, start, seed) for case in CASES for start in case.starts for seed in range(count)]
+    jobs = [(case, start, seed) for case in CASES for start in case.starts for seed in range(seeds)]
     pool = ProcessPoolExecutor(
         mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     )
@@ -253,7 +258,7 @@ def main(arguments: list[str]) -> None:
         running = [pool.submit(measure, *job) for job in jobs]
         found = [future.result() for future in track(running, "adapters")]
     results = [
-        {"kind": case.kind, "start": start, "seeds": found[at : at + count]}
+        {"kind": case.kind, "start": start, "seeds": found[at : at + seeds]}
         for at, (case, start, seed) in enumerate(jobs)
         if seed == 0
     ]
@@ -270,4 +275,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    typer.run(main)

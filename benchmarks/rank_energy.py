@@ -8,13 +8,15 @@ are beside those of the exact mean (energy 1) of the same clients.
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
 import fedrot
+from fedrot.cli._run import user_errors
 from fedrot.config import Config, load
 from fedrot.options import parse_overrides
 from fedrot.simulation.rounds import federate, prepare
@@ -42,10 +44,13 @@ def measure(config: Config) -> list[tuple[float, float]]:
     return rows
 
 
-def main(overrides: list[str]) -> None:
-    """Print a table; `overrides` as of `fedrot train`, for instance `clients.ranks=[2,4,8]`."""
+@user_errors
+def main(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Print a table; options as of `fedrot train`, for instance `clients.ranks=[2,4,8]`."""
     torch.set_num_threads(1)
-    given = parse_overrides(overrides)
+    given = parse_overrides(overrides or [])
     seeds = [measure(load({"setting": "one-shot", "seed": seed}, given)) for seed in range(SEEDS)]
     print("| energy | mean rank | accuracy | beside the exact mean |\n| --- | --- | --- | --- |")
     for energy, rows in zip(ENERGIES, zip(*seeds, strict=True), strict=True):
@@ -59,4 +64,4 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    typer.run(main)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import functools
 import statistics
-import sys
 import time
 from dataclasses import replace
+from typing import Annotated
 
 import torch
+import typer
 
 import fedrot_kernels
 from fedrot.bench.cases import Case, Factors, copies, factors, select
@@ -42,7 +43,8 @@ def apart(case: Case) -> Factors:
     return lora_A, lora_B, ref_A, ref_B
 
 
-def main(rounds: int) -> None:
+def main(rounds: Annotated[int, typer.Argument(min=1)] = 9) -> None:
+    """Print the medians of so many rounds."""
     print(f"{torch.get_num_threads()} threads, median of {rounds}, times align_aggregate's")
     for case in [replace(case, align="joint") for case in select(NAMES)]:
         for kind, make in (("near", factors), ("apart", apart)):
@@ -60,4 +62,4 @@ def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 9)
+    typer.run(main)

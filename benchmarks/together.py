@@ -9,10 +9,11 @@ which the two alternate; both must give the same factors.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
+from typing import Annotated
 
 import torch
+import typer
 from torch.nn.functional import cross_entropy
 
 from fedrot.bench.tables import markdown
@@ -79,11 +80,12 @@ def compare(clients: int, rounds: int) -> list[str]:
     ]
 
 
-def main(rounds: int = 7) -> None:
+def main(rounds: Annotated[int, typer.Argument(min=1)] = 7) -> None:
+    """Print a table of the medians over so many rounds."""
     torch.set_num_threads(1)
     rows = [compare(clients, rounds) for clients in CLIENTS]
     print(markdown(["clients", "one after the other", "together", "times as long"], rows))
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]))
+    typer.run(main)

@@ -27,6 +27,7 @@ def main(overrides: list[str]) -> None:
 
     flare.init()
     client = int(flare.get_site_name().removeprefix("site-")) - 1
+    weight = len(federation.examples[client]) if config.clients.weights == "samples" else 1
     while flare.is_running():
         received = flare.receive()
         round = received.current_round
@@ -41,7 +42,7 @@ def main(overrides: list[str]) -> None:
             factors = regauge(factors, generator(seed, "gauge", round, client))
 
         params = get_peft_model_state_dict(set_factors(model, factors))
-        meta = {FLMetaKey.NUM_STEPS_CURRENT_ROUND: len(batches)}
+        meta = {FLMetaKey.NUM_STEPS_CURRENT_ROUND: weight}
         flare.send(FLModel(params=params, metrics=metrics, meta=meta))
 
 

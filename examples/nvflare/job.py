@@ -1,6 +1,6 @@
 """Federate the digits task through NVFLARE's simulator: `python job.py [KEY=VALUE ...]`.
 
-The options are those of `fedrot train`; so are the data, the batches and the result.
+The options are those of `fedrot train` under `HERE`; so are the data, the batches and the result.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from fedrot.config import Config, load
 from fedrot.methods import FedRot
 from fedrot.nvflare import FedRotAggregator
-from fedrot.options import parse_overrides
+from fedrot.options import first_difference, flatten, parse_overrides
 from fedrot.simulation.adapter import set_factors
 from fedrot.simulation.rounds import Federation, prepare
 
 DEFAULTS = ["clients.count=3", "rounds=4"]
 OUT = Path("runs/nvflare").resolve()
+
+# Sections and options that this job knows; all others must keep their defaults.
+HERE = {"setting", "seed", "rounds", "regauge", "validation", "threads", "task", "lora", "local"}
+HERE |= {f"clients.{key}" for key in ("count", "partition", "alpha", "labels", "column", "weights")}
+HERE |= {f"method.{key}" for key in ("lam", "align", "proper")}
 
 
 def make_job(config: Config, overrides: list[str], start: Path) -> FedJob:
@@ -52,6 +57,16 @@ def make_job(config: Config, overrides: list[str], start: Path) -> FedJob:
     return job
 
 
+def others(config: Config) -> dict[str, object]:
+    """What must have its default."""
+    flat = flatten(config.tree())
+    return {
+        key: value
+        for key, value in flat.items()
+        if key == "local.head" or not {key, key.split(".")[0]} & HERE
+    }
+
+
 def accuracy(federation: Federation) -> float:
     return federation.config.task.evaluate(federation.model, federation.data.test)["accuracy"]
 
@@ -59,9 +74,9 @@ def accuracy(federation: Federation) -> float:
 def main(given: list[str]) -> None:
     overrides = [*DEFAULTS, *given]
     config = load(parse_overrides(overrides))
-    plain = not (config.local.head or config.clients.ranks or config.clients.participation != 1)
-    if not (isinstance(config.method, FedRot) and config.start == "shared" and plain):
-        sys.exit("this example has method.name=fedrot, start=shared, and all clients in each round")
+    if left_out := first_difference(others(load({})), others(config)):
+        key, default, value = left_out
+        sys.exit(f"this example has {key}={default} only, got {value}")
     federation = prepare(config)
     model = set_factors(federation.model, federation.start().factors)
     before = accuracy(federation)

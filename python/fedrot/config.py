@@ -283,7 +283,7 @@ def load(*sources: Tree) -> Config:
 
     Raises:
         FedrotError: a key is unknown, a value has the wrong type or range, or an attack is given
-            without the number of attackers.
+            without the number of attackers, or a strength that it has not.
     """
     given = merge(*sources)
     name = given.get("setting", "rounds")
@@ -296,13 +296,18 @@ def load(*sources: Tree) -> Config:
 
 
 def _check_attack(clients: Tree) -> None:
-    """An attack of nobody would change nothing; ``attackers: 0`` beside one is meant, as the
-    baseline of a sweep."""
+    """An attack of nobody would change nothing, nor would a strength of wrong labels;
+    ``attackers: 0`` beside an attack is meant, as the baseline of a sweep."""
     for key in ("attack", "attack_strength"):
         if key in clients and "attackers" not in clients:
             raise FedrotError(
                 f"clients.{key}={clients[key]} needs clients.attackers, how many clients attack"
             )
+    if clients.get("attack") == "labels" and clients.get("attack_strength", 10.0) != 10.0:
+        raise FedrotError(
+            "clients.attack_strength is of sign-flip and noise, clients.attack=labels has none, "
+            f"got {clients['attack_strength']}"
+        )
 
 
 def without_idle(tree: Tree) -> Tree:

@@ -91,7 +91,8 @@ def _here(name: str, key: str, kind: str, files: Sequence[str]) -> Path | None:
             raise FedrotError(f"{key}: {folder} must hold config.json and the model's weights")
         return folder
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise FedrotError(f"{key}: there is no folder {name}")
+        wanted = "folder" if kind == "model" else "file or folder"
+        raise FedrotError(f"{key}: there is no {wanted} {name}")
     return _cached(name, kind, files)
 
 

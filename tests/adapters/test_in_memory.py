@@ -196,6 +196,9 @@ def test_another_method(tools):
     torch.testing.assert_close(result, U[:, :2] * S[:2] @ Vh[:2], rtol=0, atol=1e-5)
     with pytest.raises(FedrotError, match="method: FedEx-LoRA needs more than the adapters"):
         fedrot.aggregate(models, method=FedExLoRA())
+    for method in (FedRot(1.0, lag=2), FedRot(1.0, "alternate")):
+        with pytest.raises(FedrotError, match="alternate' are of rounds, and a merge is none, got"):
+            fedrot.aggregate(models, method=method)
 
 
 def test_misalignment_and_origin(tools, tmp_path):

@@ -93,7 +93,7 @@ def test_a_soft_rotation_is_part_of_the_way(tools):
         ),
         ("VeRA", ("--lam", "auto"), "--lam must be 0 .* for VeRA: .* got auto"),
         ("VeRA", ("--align", "A"), "--align says how LoRA factors are rotated, and VeRA has none"),
-        ("(IA)3", ("--improper",), "--proper says how LoRA factors are rotated"),
+        ("(IA)3", ("--improper",), "--improper says how LoRA factors are rotated"),
         ("LoHa", ("--lam", "auto"), "LoHa takes a number for --lam and joint, A or B for --align"),
         ("LoHa", ("--align", "optimal"), "LoHa takes a number for --lam .* align optimal"),
         ("LoHa", ("--rule", "median"), r"Robust FedRot-LoRA \(--rule\) takes LoRA factors; LoHa"),

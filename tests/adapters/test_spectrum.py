@@ -277,7 +277,7 @@ def test_refused(tools):
         ({"rank": "auto", "energy": 0.0}, "energy must be above 0 and at most 1, got 0.0"),
         ({"rank": "auto", "energy": 1.01}, "energy must be above 0 and at most 1, got 1.01"),
         ({"rank": "auto", "energy": math.nan}, "energy must be above 0 and at most 1, got nan"),
-        ({"energy": 0.9}, "energy chooses a rank for rank='auto', got energy=0.9 and rank=None"),
+        ({"energy": 0.9}, "energy must go with rank='auto', got energy=0.9 and rank=None"),
         ({"rank": 4, "energy": 0.9}, "got energy=0.9 and rank=4"),
         ({"rank": "auto", "method": FedRot()}, "which FedRot-LoRA does not give"),
         ({"rank": "auto", "method": FedIT()}, "which FedIT does not give"),

@@ -197,8 +197,11 @@ def test_shifted(strangers, tmp_path, align, eps):
             ("--rotation", "shifted", "--rank", "auto"),
             "--rotation shifted is for --rule mean, got --rule exact",
         ),
-        (("--rotation", "shifted", "--eps", -1), "eps must be finite and not negative, got -1.0"),
-        (("--rotation", "shifted", "--eps", "nan"), "eps must be finite and not negative, got nan"),
+        (("--rotation", "shifted", "--eps", -1), "--eps must be finite and not negative, got -1.0"),
+        (
+            ("--rotation", "shifted", "--eps", "nan"),
+            "--eps must be finite and not negative, got nan",
+        ),
     ],
 )
 def test_refused(strangers, tmp_path, options, message):

@@ -169,7 +169,7 @@ def test_spectrum_on_a_narrow_terminal(tmp_path):
         (("--rank", 2, "--plot", "s.png"), "--plot is for --rank auto, got --plot s.png without"),
         (("--rank", 8), "--rank 8 pads a reference: there must be one, or two adapters"),
         (("--rank", "all"), "--rank must be a whole number or auto, got 'all'"),
-        (("--rank", "auto", "--energy", 2), "energy must be above 0 and at most 1, got 2.0"),
+        (("--rank", "auto", "--energy", 2), "--energy must be above 0 and at most 1, got 2.0"),
     ],
 )
 def test_bad_spectrum_options(tmp_path, options, message):

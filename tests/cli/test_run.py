@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Annotated
 
-from fedrot.cli._run import program
+import pytest
+import typer
+
+from fedrot.cli._run import program, user_errors
 
 
 @pytest.mark.parametrize(
@@ -20,3 +23,23 @@ def test_program_is_what_the_user_can_type(monkeypatch, argv, on_path, expected)
     monkeypatch.setattr("sys.argv", [argv])
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}" if on_path else None)
     assert program() == expected
+
+
+def test_an_error_names_the_option_and_the_file(capsys, tmp_path):
+    @user_errors
+    def command(
+        layers: Annotated[list[str], typer.Argument()], lam: Annotated[str, typer.Option()] = "1"
+    ) -> None:
+        if lam == "file":
+            (tmp_path / "none.yaml").read_text()
+        raise ValueError(layers[0])
+
+    def told(*args: object) -> str:
+        with pytest.raises(typer.Exit):
+            command(*args)
+        return capsys.readouterr().err
+
+    assert told(["lam must lie in [0, 1], got 2"]) == "fedrot: --lam must lie in [0, 1], got 2\n"
+    assert told(["lam: must"]) == "fedrot: lam: must\n"
+    assert told(["layers must be 2"]) == "fedrot: layers must be 2\n"  # no option
+    assert told([], "file") == f"fedrot: {tmp_path / 'none.yaml'}: No such file or directory\n"

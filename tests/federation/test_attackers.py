@@ -112,6 +112,11 @@ def test_what_is_refused():
     for attack in ("attack=labels", "attack=sign-flip", "attack_strength=3"):
         with pytest.raises(FedrotError, match=f"clients.{attack} needs clients.attackers, how"):
             load(parse_overrides([*SMALL, f"clients.{attack}"]))
+    labels = [*SMALL, "clients.attackers=1", "clients.attack=labels"]
+    with pytest.raises(FedrotError, match=r"clients\.attack=labels has none, got 3"):
+        load(parse_overrides([*labels, "clients.attack_strength=3"]))
+    config = load(parse_overrides(labels))
+    assert load(config.tree()) == config
     few = [*SMALL, "method.name=robust", "clients.participation=3"]
     for rule, message in [
         ("krum", "method: rule=krum with attackers=1 needs at least 4 clients, got 3 in a round"),

@@ -129,7 +129,7 @@ def test_resume_after_an_interruption_gives_the_same_bits(tmp_path, interrupt):
 def test_what_a_run_folder_refuses(tmp_path):
     config = small("fedit", "rounds=1").tree()
     path = tmp_path / "run"
-    open_run(path, config)
+    open_run(path, config).start(config)
     with pytest.raises(FedrotError, match=r"unfinished run; --resume continues it"):
         open_run(path, config)
     with pytest.raises(FedrotError, match=r"started with local\.lr=0\.3, now it is 0\.1"):
@@ -154,7 +154,9 @@ def test_what_a_run_folder_refuses(tmp_path):
         open_run(path, config)
     assert open_run(path, config, resume=True).summary() == {"accuracy": 1.0}
     (path / "mine.txt").write_text("stays")
-    assert not open_run(path, config, force=True).finished
+    assert open_run(path, config, force=True).finished  # nothing is removed yet
+    open_run(path, config, force=True).start(config)
+    assert not RunDir(path).finished
     assert (path / "mine.txt").read_text() == "stays"
     other = tmp_path / "other"
     other.mkdir()
@@ -170,7 +172,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     config, path = small("fedit", "rounds=1"), tmp_path / "run"
     path.mkdir()
     (path / ".config.yaml.new-123").write_text("lora: {")  # killed with the first file
-    open_run(path, config.tree())
+    open_run(path, config.tree()).start(config.tree())
     (path / ".metrics.csv.new-123").write_text("round")
     (path / ".adapter.old-123").mkdir()
     (path / "clients" / ".client-01.new-123").mkdir(parents=True)
@@ -200,10 +202,14 @@ def test_a_run_that_is_refused_leaves_what_was_there(tmp_path):
     (tmp_path / "mine" / "config.yaml").write_text(text)
     refused(tmp_path / "mine", resume=True)
     assert (tmp_path / "mine" / "config.yaml").read_text() == text
+    federate(small("fedit", "rounds=1"), tmp_path / "done")
+    before = {p: p.read_bytes() for p in (tmp_path / "done").rglob("*") if p.is_file()}
+    refused(tmp_path / "done", force=True)
+    assert {p: p.read_bytes() for p in (tmp_path / "done").rglob("*") if p.is_file()} == before
 
 
 def test_a_refusal_passes_between_processes(tmp_path):
-    open_run(tmp_path / "run", small("fedit").tree())
+    open_run(tmp_path / "run", small("fedit").tree()).start(small("fedit").tree())
     with pytest.raises(Refused) as error:
         open_run(tmp_path / "run", small("fedit").tree())
     again = pickle.loads(pickle.dumps(error.value))

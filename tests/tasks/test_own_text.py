@@ -128,7 +128,7 @@ def test_own_generation(tmp_path, llama):
     [
         ({}, r"task\.model must be given"),
         ({"model": "MODEL"}, r"task\.data must be given"),
-        ({"model": "MODEL", "data": "nowhere.csv"}, "there is no folder nowhere.csv"),
+        ({"model": "MODEL", "data": "nowhere.csv"}, "there is no file or folder nowhere.csv"),
         ({"model": "MODEL", "data": "FILE", "label": "class"}, "must have the columns text and"),
         (
             {"model": "MODEL", "data": "FILE", "kind": "generation"},

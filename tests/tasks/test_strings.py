@@ -54,10 +54,11 @@ def test_answers_are_right_and_the_parts_disjoint():
     assert data.columns["order"].unique().tolist() == [0, 1, 2, 3]
 
 
-def test_seed_decides_the_data_and_not_the_model():
-    task = Strings(pretrain_steps=1)
+def test_seed_decides_the_data_and_the_model_unless_that_has_its_own():
+    task, fixed = Strings(pretrain_steps=1), Strings(pretrain_steps=1, pretrain_seed=1)
     a, b, again = task.prepare(0), task.prepare(1), task.prepare(0)
-    assert a.base == b.base
+    assert a.base == again.base != b.base
+    assert fixed.prepare(0).base == b.base
     assert torch.equal(a.train["input_ids"], again.train["input_ids"])
     assert not torch.equal(a.train["input_ids"], b.train["input_ids"])
 

@@ -219,6 +219,10 @@ def aggregate(
         method = FlexLoRA("reference") if auto else FedRot(lam=1.0)
     if method.folds or method.personal or method.same_A:
         raise FedrotError(f"method: {method.name} needs more than the adapters to merge them")
+    if isinstance(method, FedRot) and (method.lag != 1 or method.align == "alternate"):
+        raise FedrotError(
+            f"method: lag and align='alternate' are of rounds, and a merge is none, got {method}"
+        )
     if method.chooses_ranks:
         raise FedrotError(
             f"method: a {method.name} with an energy is for rounds; here rank='auto' chooses the "
@@ -232,7 +236,7 @@ def aggregate(
     if target.kind is not None:
         target.kind.check_rank(rank=rank, energy=energy)
     if energy is not None and not auto:
-        raise FedrotError(f"energy chooses a rank for rank='auto', got energy={energy} and {rank=}")
+        raise FedrotError(f"energy must go with rank='auto', got energy={energy} and {rank=}")
     if auto and not method.truncates:
         raise FedrotError(
             f"method: rank='auto' is a rank of the exact average, which {method.name} does not "

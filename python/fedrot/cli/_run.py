@@ -6,11 +6,13 @@ import functools
 import shlex
 import shutil
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
+from typer.models import OptionInfo
 
 
 def program() -> str:
@@ -28,13 +30,26 @@ def listed(text: str) -> list[str]:
 
 def user_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """Turn an error in the user's input into one line on stderr and exit code 1."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    options = {
+        name
+        for name, hint in hints.items()
+        if any(isinstance(part, OptionInfo) for part in getattr(hint, "__metadata__", ()))
+    }
+
+    def told(error: Exception) -> str:
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            return f"{error.filename}: {error.strerror}"
+        text = str(error)
+        argument, must, _ = text.partition(" must ")
+        return f"--{text}" if must and argument in options else text
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except (ValueError, TypeError, OSError) as error:
-            typer.echo(f"fedrot: {error}", err=True)
+            typer.echo(f"fedrot: {told(error)}", err=True)
             raise typer.Exit(1) from error
 
     return run

@@ -171,6 +171,11 @@ def aggregate(
     from fedrot.methods.robust import WITHSTANDS
 
     wanted = read_rank(rank)
+    if wanted == "auto" and rule not in (None, Rule.exact):
+        raise FedrotError(
+            "--rank auto is a rank of the exact mean, which --rule exact alone gives, got --rule "
+            f"{rule.value}"
+        )
     rule = rule or (Rule.exact if wanted == "auto" else Rule.mean)
     if attackers is not None and rule.value not in WITHSTANDS:
         raise FedrotError(

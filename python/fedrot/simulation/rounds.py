@@ -18,7 +18,7 @@ from torch import Tensor
 from fedrot.config import Config
 from fedrot.errors import Diverged, FedrotError
 from fedrot.factors import Factors, padded, truncate
-from fedrot.files import new_file, remove
+from fedrot.files import new_file
 from fedrot.gauge import regauge
 from fedrot.methods import Server
 from fedrot.report.pages import write_run_report
@@ -135,19 +135,14 @@ def federate(
             resume, a logger's package is missing, or local training diverged.
     """
     loggers.check(log)
-    folder, file = path.exists(), (path / "config.yaml").exists()
     run = open_run(path, config.tree(), resume=resume, force=force)
-    if run.finished:
+    if run.finished and not force:
         with loggers.opened(log, run, config.tree(), run.rows()):
             return run.summary()
     with _threads(config.threads):
-        try:
-            federation = prepare(config, track)
-        except FedrotError:
-            # The same name must do once the options are right: what was made here goes again.
-            if not file:
-                remove([path / "config.yaml"] if folder else [path])
-            raise
+        federation = prepare(config, track)  # before anything of an earlier run is removed
+        if force or not run.started:
+            run.start(config.tree())
         run.tidy()
         resumed = run.checkpoint.is_file()
         server = checkpoint.load(run.checkpoint) if resumed else federation.start()

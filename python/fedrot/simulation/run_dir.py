@@ -68,11 +68,23 @@ class RunDir:
         return sorted(folders, key=lambda folder: int(folder.name.partition("-")[2]))
 
     @property
+    def started(self) -> bool:
+        return (self.path / "config.yaml").is_file()
+
+    @property
     def finished(self) -> bool:
         return (self.path / "summary.json").is_file()
 
     def summary(self) -> dict[str, Any]:
         return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+
+    def start(self, config: Tree) -> None:
+        """A new run: what an earlier one wrote goes, and nothing else."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "summary.json").unlink(missing_ok=True)  # first: from here on it is unfinished
+        own = [self.path / name for name in (*OWN, *OWN_FOLDERS) if name != "config.yaml"]
+        remove([*own, *self.path.glob("*.png")])
+        write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary and drop the checkpoint: nothing is left to continue."""
@@ -107,6 +119,8 @@ def scalars(row: Row) -> dict[str, int | float]:
 def open_run(path: Path, config: Tree, *, resume: bool = False, force: bool = False) -> RunDir:
     """The folder of a new run, or of one to continue (``resume``) or to replace (``force``).
 
+    Nothing is written: :meth:`RunDir.start` is for when the run can begin.
+
     Raises:
         FedrotError: the folder holds something else, a run that neither flag allows to touch, or
             a run to continue with another configuration (the first differing key is named).
@@ -114,15 +128,11 @@ def open_run(path: Path, config: Tree, *, resume: bool = False, force: bool = Fa
     run = RunDir(path)
     if path.exists() and not path.is_dir():
         raise FedrotError(f"{path} is not a folder")
-    if not path.is_dir() or all(map(is_left, path.iterdir())):
-        path.mkdir(parents=True, exist_ok=True)
-        _write_config(path, config)
-    elif not (path / "config.yaml").is_file():
+    if not path.is_dir() or all(map(is_left, path.iterdir())) or (force and run.started):
+        return run
+    if not run.started:
         raise Refused(f"{path} is not empty and not a run", "choose another --name or --output")
-    elif force:
-        _clear(path)
-        _write_config(path, config)
-    elif resume:
+    if resume:
         _same_config(path, config)
     elif run.finished:
         raise Refused(f"{path} holds a finished run", "--force replaces it")
@@ -131,17 +141,6 @@ def open_run(path: Path, config: Tree, *, resume: bool = False, force: bool = Fa
             f"{path} holds an unfinished run", "--resume continues it, --force replaces it"
         )
     return run
-
-
-def _write_config(path: Path, config: Tree) -> None:
-    write_text(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-
-
-def _clear(path: Path) -> None:
-    """Remove what a run writes, and nothing else."""
-    (path / "summary.json").unlink(missing_ok=True)  # first: from here on it is unfinished
-    own = [path / name for name in (*OWN, *OWN_FOLDERS) if name != "config.yaml"]
-    remove([*own, *path.glob("*.png")])
 
 
 def _same_config(path: Path, config: Tree) -> None:

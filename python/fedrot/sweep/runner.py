@@ -140,7 +140,8 @@ def _run(jobs: Sequence[Job], workers: int, track: Track, label: str) -> dict[Pa
         else:
             todo.append(job)
     if todo:
-        first = todo[0].config  # once, not in every process
+        # What is downloaded or refused, once and not in every process.
+        first = todo[0].config
         first.task.prepare(first.seed, track, first.clients.by_column)
     for job, summary in track(_Finished(todo, workers), label):
         found[job.path] = summary

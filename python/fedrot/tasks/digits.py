@@ -7,7 +7,7 @@ adapts it by LoRA to 5-9 under a new random head, shared by all clients and froz
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,7 +39,8 @@ FORMAT = 1  # of the cache; a change of the code that makes the base model chang
 
 @dataclass(frozen=True)
 class Digits:
-    """Options of the task. ``pretrain_*``: central training on 0-4 (AdamW, one-cycle rate)."""
+    """Options of the task. ``pretrain_*``: central training on 0-4 (AdamW, one-cycle rate), by
+    default with the run's seed, so that results over seeds are not those of one base model."""
 
     title: ClassVar[str] = "digits: a ViT pre-trained on 0-4 learns 5-9"
     preset: ClassVar[dict[str, Any]] = {}
@@ -47,12 +48,14 @@ class Digits:
     pretrain_steps: int = option(500, at_least=1)
     pretrain_batch: int = option(64, at_least=1)
     pretrain_lr: float = option(3e-3, above=0)
-    pretrain_seed: int = option(0, at_least=0, below=2**32)
+    pretrain_seed: int | None = option(None, at_least=0, below=2**32)
     test_fraction: float = option(0.2, above=0, below=1)
 
     def prepare(
         self, seed: int, track: Track = no_progress, clients_by: str | None = None
     ) -> TaskData:
+        if self.pretrain_seed is None:
+            return replace(self, pretrain_seed=seed).prepare(seed, track, clients_by)
         base = self._base(seed, track)
         train, test = _split(range(5, 10), self.test_fraction, seed)
         return TaskData(base, train, test, train["labels"], facts(base))
@@ -86,6 +89,7 @@ class Digits:
     def _pretrain(self, track: Track) -> tuple[nn.Module, dict[str, Any]]:
         from transformers import ViTConfig, ViTForImageClassification
 
+        assert self.pretrain_seed is not None  # prepare() has set it
         train, test = _split(range(5), self.test_fraction, self.pretrain_seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.pretrain_seed)
@@ -95,7 +99,7 @@ class Digits:
                 optimizer, self.pretrain_lr, total_steps=self.pretrain_steps
             )
             model.train()
-            for _ in track(range(self.pretrain_steps), "pre-training (once, cached)"):
+            for _ in track(range(self.pretrain_steps), "pre-training (once a seed, cached)"):
                 rows = torch.randint(len(train["labels"]), (self.pretrain_batch,))
                 optimizer.zero_grad()
                 model(**{key: value[rows] for key, value in train.items()}).loss.backward()

@@ -9,7 +9,7 @@ names, with nothing to be known about them. Clients differ in which of the names
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -51,7 +51,8 @@ ALL_LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj",
 @dataclass(frozen=True)
 class Strings:
     """Options of the task. ``pretrain_*``: central training on the known names (AdamW, one-cycle
-    rate). ``accuracy`` is exact match of the whole answer by greedy generation."""
+    rate), by default with the run's seed, so that results over seeds are not those of one base
+    model. ``accuracy`` is exact match of the whole answer by greedy generation."""
 
     title: ClassVar[str] = "strings: a Llama that follows instructions learns new names for them"
     preset: ClassVar[dict[str, Any]] = {"local": {"lr": 0.1}}
@@ -61,11 +62,13 @@ class Strings:
     pretrain_steps: int = option(1000, at_least=1)
     pretrain_batch: int = option(64, at_least=1)
     pretrain_lr: float = option(3e-3, above=0)
-    pretrain_seed: int = option(0, at_least=0, below=2**32)
+    pretrain_seed: int | None = option(None, at_least=0, below=2**32)
 
     def prepare(
         self, seed: int, track: Track = no_progress, clients_by: str | None = None
     ) -> TaskData:
+        if self.pretrain_seed is None:
+            return replace(self, pretrain_seed=seed).prepare(seed, track, clients_by)
         base = cached("strings", self._key(), lambda: self._pretrain(track))
         draw = torch.Generator().manual_seed(seed)
         # The test part has other strings than the training part.
@@ -101,6 +104,7 @@ class Strings:
     def _pretrain(self, track: Track) -> tuple[nn.Module, dict[str, Any]]:
         from transformers import LlamaConfig, LlamaForCausalLM
 
+        assert self.pretrain_seed is not None  # prepare() has set it
         draw = torch.Generator().manual_seed(self.pretrain_seed)
         every, known = torch.arange(10**DIGITS), tuple(ARITHMETIC)
         with torch.random.fork_rng(devices=[]):
@@ -111,7 +115,7 @@ class Strings:
             optimizer, self.pretrain_lr, total_steps=self.pretrain_steps
         )
         model.train()
-        for _ in track(range(self.pretrain_steps), "pre-training (once, cached)"):
+        for _ in track(range(self.pretrain_steps), "pre-training (once a seed, cached)"):
             batch, _, _ = _examples(every, self.pretrain_batch, known, draw)
             unknown = torch.rand(self.pretrain_batch, generator=draw) < UNKNOWN
             some = torch.randint(len(NEW_NAMES), (self.pretrain_batch,), generator=draw)

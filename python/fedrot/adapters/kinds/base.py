@@ -123,7 +123,7 @@ class Kind(ABC):
             )
         for option, value, default in (
             ("--align", method.align, "joint"),
-            ("--proper", method.proper, True),
+            ("--proper" if method.proper else "--improper", method.proper, True),
         ):
             if value != default:
                 raise FedrotError(
