@@ -92,7 +92,8 @@ void fill_from_A(const Factor<Acc>& A, int clients, int r, std::int64_t begin, i
   }
 }
 
-// The same of B (d, r_i): clients that share a vector of the panel together.
+// The same of B (d, r_i): clients that share a vector of the panel together. Acc may be a type that
+// is not computed with, too.
 template <class Acc>
 void fill_from_B(const Factor<Acc>& B, int clients, int r, std::int64_t begin, int count, int n,
                  Acc* panel, Acc* scratch) {
@@ -110,10 +111,14 @@ void fill_from_B(const Factor<Acc>& B, int clients, int r, std::int64_t begin, i
     }
     Acc* to = panel + first * r;
     auto place = [&](auto width) {
-      for (int t = 0; t < count; ++t)
+      constexpr int hot = 128;  // rows of the panel that all clients of a group find in the cache
+      for (int begin = 0; begin < count; begin += hot)
         for (int c = 0; c < group; ++c) {
-          const Acc* from = X[c].data + t * X[c].position;
-          for (int p = 0; p < width; ++p) to[t * std::int64_t(n) + c * r + p] = from[p];
+          const std::int64_t position = X[c].position;
+          const Acc* from = X[c].data + begin * position;
+          Acc* row = to + begin * std::int64_t(n) + c * r;
+          for (int t = begin; t < std::min(begin + hot, count); ++t, from += position, row += n)
+            for (int p = 0; p < width; ++p) row[p] = from[p];
         }
     };
     if (full && r <= small_rank<Acc>) {
@@ -125,12 +130,12 @@ void fill_from_B(const Factor<Acc>& B, int clients, int r, std::int64_t begin, i
         for (int c = 0; c < group; ++c)
           for (int p = 0; p < r; ++p)
             to[t * std::int64_t(n) + c * r + p] =
-                p < B.rank(first + c) ? X[c].data[t * X[c].position + p] : Acc(0);
+                p < B.rank(first + c) ? X[c].data[t * X[c].position + p] : Acc{};
     }
   }
   for (int t = 0; t < count; ++t)
     std::fill(panel + t * std::int64_t(n) + (clients + 1) * r, panel + (t + 1) * std::int64_t(n),
-              Acc(0));
+              Acc{});
 }
 
 // G (n, n), n = panel_width((clients + 1) r) <- the products of all directions of one factor of a

@@ -7,6 +7,7 @@
 #include "gram.h"
 #include "rotations.h"
 #include "tile_factors.h"
+#include "tile_gram.h"
 
 namespace fedrot {
 inline namespace FEDROT_ISA {
@@ -56,8 +57,14 @@ cpu::Kernels<float> table<float>() {
                                   scratch);
       },
       panel_width<float>,
-      gram_scratch<float>,
-      gram<float>};
+      [](int clients, int r) {
+        return std::max(gram_scratch<float>(clients, r), tile_gram_scratch(clients, r));
+      },
+      [](const Problem& p, int layer, Side side, int r, int first, int step, float* G,
+         float* scratch) {
+        gram_uses_tiles(p) ? tile_gram(p, layer, side, r, first, step, G, scratch)
+                           : gram<float>(p, layer, side, r, first, step, G, scratch);
+      }};
 }
 #endif
 

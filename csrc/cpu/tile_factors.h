@@ -56,7 +56,7 @@ inline cpu::Reference<float> load_tile_reference(const Problem& problem, int lay
       for (int p = 0; p < s.r; p += directions.size, to += parts * tile_bytes) {
         one(t, int(std::min<std::int64_t>(step_positions, positions - t)), p,
             std::min(directions.size, s.r - p));
-        flip(parts, to);
+        flip(parts, to, to);
       }
     return packed;
   };
@@ -203,7 +203,7 @@ inline void pack_rotations(const Problem& problem, int layer, Side side, int fir
         pack_across(W + p * r + q, r, std::min(cut.sum.size, rank - p),
                     std::min(cut.result.size, r - q), side == Side::A ? tile_rows : cut.pairs(),
                     most_parts, to);
-        if (side == Side::A) flip(most_parts, to);
+        if (side == Side::A) flip(most_parts, to, to);
       }
   }
 }

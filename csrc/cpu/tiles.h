@@ -219,14 +219,14 @@ inline void pack_along(const T* X, std::int64_t row, int rows, int n, int parts,
   }
 }
 
-// Rows of pairs <- columns of pairs, in place: from one side of a product to the other.
-inline void flip(int parts, char* tile) {
-  for (int p = 0; p < parts; ++p, tile += tile_bytes) {
-    float* pairs = reinterpret_cast<float*>(tile);
+// Rows of pairs <- columns of pairs: from one side of a product to the other. May be in place.
+inline void flip(int parts, const char* tile, char* to) {
+  for (int p = 0; p < parts; ++p, tile += tile_bytes, to += tile_bytes) {
+    const float* pairs = reinterpret_cast<const float*>(tile);
     Vector<float> rows[tile_rows];
     for (int i = 0; i < tile_rows; ++i) rows[i] = load(pairs + 16 * i);
     transpose<float>(rows);
-    for (int i = 0; i < tile_rows; ++i) store(pairs + 16 * i, rows[i]);
+    for (int i = 0; i < tile_rows; ++i) store(reinterpret_cast<float*>(to) + 16 * i, rows[i]);
   }
 }
 

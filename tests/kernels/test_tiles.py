@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import OUTPUT_TOLERANCE, assert_close, planted
+from problems import GRAM_TOLERANCE, OUTPUT_TOLERANCE, assert_close, planted
 from test_values import compare
 
 from fedrot_kernels import Plan
@@ -48,6 +48,16 @@ def test_large_ranks(r, dtype):
 @pytest.mark.parametrize("ref", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_other_references(ref):
     compare(narrow_clients(planted(3, [(130, 600, 20), (48, 64, 16)]), ref))
+
+
+@pytest.mark.parametrize("ref", [torch.bfloat16, torch.float32], ids=str)
+def test_gram(ref):
+    """Tiles of several clients, cut off at every end; a float reference is not rounded."""
+    shapes = [(530, 1023, 5), (1040, 147, 20), (31, 33, 16)]
+    for given in (None, [20, 3, 16]):
+        inputs = narrow_clients(planted(3, shapes, ranks=given, seed=5), ref)
+        for actual, expected in zip(op.gram(*inputs), reference.gram(*inputs), strict=True):
+            assert_close([actual], [expected], GRAM_TOLERANCE[torch.float32])
 
 
 def test_float_reference_keeps_its_bits():
