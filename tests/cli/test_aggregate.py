@@ -162,6 +162,7 @@ def test_other_base_model_is_said_on_stderr(clients, tmp_path):
         (["a", "b", "-o", "out", "--lam", "1.5"], "lam must lie in [0, 1], got 1.5"),
         (["a", "b", "-o", "out", "--lam", "half"], "lam must be a number or auto, got 'half'"),
         (["a", "b", "-o", "out", "--rank", "0"], "--rank must be at least 1, got 0"),
+        (["a", "b", "-o", "out", "--rank", "1000000"], "--rank must be at most 5, the full rank"),
         (["a", "b", "-o", "out", "--rank", "1"], "--rank 1 is below the rank of the reference, 2"),
     ],
 )

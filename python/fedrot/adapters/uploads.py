@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from fedrot.adapters.adapter import Adapter
 from fedrot.adapters.config import MUST_AGREE, Config, base_change, with_ranks
+from fedrot.adapters.layers import Layer
 from fedrot.errors import FedrotError
 from fedrot.factors import Factors
 from fedrot.methods import Method
@@ -77,10 +78,10 @@ def gather(
     for adapter in adapters:
         _check_same_meaning(adapter, reference)
         _check_same_keys(adapter, reference)
-    target = padded = _resized(reference, _ranks(reference, rank))
+    largest = max(_largest_ranks(adapters).values(), default=0)
+    target = padded = _resized(reference, _ranks(reference, rank, largest))
     if isinstance(rank, Mapping):
         padded = _resized(reference, _largest_ranks([*adapters, reference]))
-    largest = max(_largest_ranks(adapters).values(), default=0)
     for adapter in adapters:
         _check_shapes(adapter, padded, largest)
         _check_base_change(adapter, target)
@@ -131,11 +132,19 @@ def delta(factors: Factors, scalings: Mapping[str, float]) -> Factors:
     )
 
 
-def _ranks(reference: Adapter, rank: int | Mapping[str, int] | None) -> dict[str, int]:
+def _ranks(
+    reference: Adapter, rank: int | Mapping[str, int] | None, largest: int
+) -> dict[str, int]:
+    """`largest`: rank of any client."""
     ranks = {name: layer.rank for name, layer in reference.keys.layers.items()}
     given = list(rank.values()) if isinstance(rank, Mapping) else [] if rank is None else [rank]
     if given and min(given) < 1:
         raise FedrotError(f"--rank must be at least 1, got {min(given)}")
+    most = max((_full_rank(layer, reference) for layer in reference.keys.layers.values()), default=0)
+    if given and max(given) > max(most, largest, *ranks.values()):
+        raise FedrotError(
+            f"--rank must be at most {most}, the full rank of the largest layer, got {max(given)}"
+        )
     if isinstance(rank, Mapping):
         return {**ranks, **rank}
     if rank is not None and ranks and rank < min(ranks.values()):
@@ -144,6 +153,10 @@ def _ranks(reference: Adapter, rank: int | Mapping[str, int] | None) -> dict[str
             "only raises it; FlexLoRA (--rule exact) can lower it"
         )
     return {name: max(own, rank or 0) for name, own in ranks.items()}
+
+
+def _full_rank(layer: Layer, adapter: Adapter) -> int:
+    return max(min(A.shape[1], B.shape[0]) for _, A, B in layer.split(adapter.tensors))
 
 
 def _largest_ranks(adapters: Sequence[Adapter]) -> dict[str, int]:
