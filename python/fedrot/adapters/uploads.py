@@ -140,10 +140,11 @@ def _ranks(
     given = list(rank.values()) if isinstance(rank, Mapping) else [] if rank is None else [rank]
     if given and min(given) < 1:
         raise FedrotError(f"--rank must be at least 1, got {min(given)}")
-    most = max((_full_rank(layer, reference) for layer in reference.keys.layers.values()), default=0)
-    if given and max(given) > max(most, largest, *ranks.values()):
+    full = (_full_rank(layer, reference) for layer in reference.keys.layers.values())
+    if given and max(given) > (most := max([largest, *ranks.values(), *full])):
         raise FedrotError(
-            f"--rank must be at most {most}, the full rank of the largest layer, got {max(given)}"
+            f"--rank must be at most {most}, the full rank of the largest layer (or the largest rank "
+            f"given), got {max(given)}"
         )
     if isinstance(rank, Mapping):
         return {**ranks, **rank}
