@@ -143,8 +143,8 @@ def _ranks(
     full = (_full_rank(layer, reference) for layer in reference.keys.layers.values())
     if given and max(given) > (most := max([largest, *ranks.values(), *full])):
         raise FedrotError(
-            f"--rank must be at most {most}, the full rank of the largest layer (or the largest rank "
-            f"given), got {max(given)}"
+            f"--rank must be at most {most}, the full rank of the largest layer (or the largest "
+            f"rank there is), got {max(given)}"
         )
     if isinstance(rank, Mapping):
         return {**ranks, **rank}
