@@ -238,7 +238,7 @@ def rates() -> None:
 
 
 def main(
-    seeds: Annotated[int, typer.Argument(min=1)] = SEEDS,
+    seeds: Annotated[int, typer.Argument(min=2)] = SEEDS,
     by_rate: Annotated[
         bool, typer.Option("--rates", help="Accuracy of a single client by learning rate instead.")
     ] = False,
@@ -248,8 +248,6 @@ def main(
     if by_rate:
         rates()
         return
-    for task in TASKS:
-        prepared(task, 0)  # here, lest every process trains the base model
     jobs = [(case, start, seed) for case in CASES for start in case.starts for seed in range(seeds)]
     pool = ProcessPoolExecutor(
         mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)

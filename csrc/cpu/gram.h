@@ -112,12 +112,12 @@ void fill_from_B(const Factor<Acc>& B, int clients, int r, std::int64_t begin, i
     Acc* to = panel + first * r;
     auto place = [&](auto width) {
       constexpr int hot = 128;  // rows of the panel that all clients of a group find in the cache
-      for (int begin = 0; begin < count; begin += hot)
+      for (int top = 0; top < count; top += hot)
         for (int c = 0; c < group; ++c) {
           const std::int64_t position = X[c].position;
-          const Acc* from = X[c].data + begin * position;
-          Acc* row = to + begin * std::int64_t(n) + c * r;
-          for (int t = begin; t < std::min(begin + hot, count); ++t, from += position, row += n)
+          const Acc* from = X[c].data + top * position;
+          Acc* row = to + top * std::int64_t(n) + c * r;
+          for (int t = top; t < std::min(top + hot, count); ++t, from += position, row += n)
             for (int p = 0; p < width; ++p) row[p] = from[p];
         }
     };

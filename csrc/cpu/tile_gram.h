@@ -50,7 +50,7 @@ inline void tiles_from_A(const Factor<BFloat16>& A, int clients, int r, std::int
     }
 }
 
-// As gram() of floats.
+// As gram() of floats, but every step-th row of tiles from the first-th on.
 inline void tile_gram(const Problem& problem, int layer, Side side, int r, int first, int step,
                       float* G, float* scratch) {
   const Layer s = problem.shapes[layer];

@@ -37,7 +37,10 @@ def main(overrides: list[str]) -> None:
         draw = generator(seed, "batches", round, client)
         batches = draw_batches(federation.examples[client], config.local, draw)
         start = get_factors(model)
-        (factors,) = train_clients(model, [start], data.train, [batches], config.local).factors
+        masks = generator(seed, "dropout", round, client, device=model.device)
+        (factors,) = train_clients(
+            model, [start], data.train, [batches], config.local, dropout=[masks]
+        ).factors
         if config.regauge:
             factors = regauge(factors, generator(seed, "gauge", round, client))
 

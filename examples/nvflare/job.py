@@ -34,10 +34,17 @@ HERE |= {f"clients.{key}" for key in ("count", "partition", "alpha", "labels", "
 HERE |= {f"method.{key}" for key in ("lam", "align", "proper")}
 
 
-def make_job(config: Config, overrides: list[str], start: Path) -> FedJob:
-    """FedAvg as NVFLARE has it, but for the aggregator."""
-    method, clients = config.method, config.clients.count
+def make_aggregator(config: Config) -> FedRotAggregator:
+    method = config.method
     assert isinstance(method, FedRot)
+    return FedRotAggregator(lam=method.lam, align=method.align, proper=method.proper)
+
+
+def make_job(
+    config: Config, overrides: list[str], start: Path, aggregator: FedRotAggregator
+) -> FedJob:
+    """FedAvg as NVFLARE has it, but for the aggregator."""
+    clients = config.clients.count
     job = FedJob("digits", min_clients=clients)
     # Installed on every site; else NVFLARE copies the source, and what that imports, into the job.
     job.set_app_packages(["fedrot"])
@@ -46,7 +53,6 @@ def make_job(config: Config, overrides: list[str], start: Path) -> FedJob:
         source_ckpt_file_full_name=str(start), allow_numpy_conversion=False
     )
     job.to_server(persistor, id="persistor")
-    aggregator = FedRotAggregator(lam=method.lam, align=method.align, proper=method.proper)
     job.to_server(FedAvg(num_clients=clients, num_rounds=config.rounds, aggregator=aggregator))
     script = ScriptRunner(
         script=str(Path(__file__).with_name("client.py")),
@@ -73,10 +79,14 @@ def accuracy(federation: Federation) -> float:
 
 def main(given: list[str]) -> None:
     overrides = [*DEFAULTS, *given]
-    config = load(parse_overrides(overrides))
-    if left_out := first_difference(others(load({})), others(config)):
-        key, default, value = left_out
-        sys.exit(f"this example has {key}={default} only, got {value}")
+    try:
+        config = load(parse_overrides(overrides))
+        if left_out := first_difference(others(load({})), others(config)):
+            key, default, value = left_out
+            raise ValueError(f"this example has {key}={default} only, got {value}")
+        aggregator = make_aggregator(config)
+    except ValueError as error:
+        sys.exit(str(error))
     federation = prepare(config)
     model = set_factors(federation.model, federation.start().factors)
     before = accuracy(federation)
@@ -84,7 +94,7 @@ def main(given: list[str]) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     start = OUT / "start.pt"
     torch.save(get_peft_model_state_dict(model), start)
-    job = make_job(config, overrides, start)
+    job = make_job(config, overrides, start, aggregator)
     SimEnv(num_clients=config.clients.count, workspace_root=str(OUT)).deploy(job)
 
     saved = OUT / "digits/server/simulate_job/app_server/FL_global_model.pt"

@@ -39,7 +39,9 @@ def test_an_error_names_the_option_and_the_file(capsys, tmp_path):
             command(*args)
         return capsys.readouterr().err
 
-    assert told(["lam must lie in [0, 1], got 2"]) == "fedrot: --lam must lie in [0, 1], got 2\n"
+    text = "lam must lie in [0, 1], got 2"
+    assert told([text], "2") == f"fedrot: --{text}\n"
+    assert told([text]) == f"fedrot: {text}\n"  # from elsewhere, as KEY=VALUE
     assert told(["lam: must"]) == "fedrot: lam: must\n"
     assert told(["layers must be 2"]) == "fedrot: layers must be 2\n"  # no option
     assert told([], "file") == f"fedrot: {tmp_path / 'none.yaml'}: No such file or directory\n"

@@ -17,7 +17,7 @@ from fedrot.config import load
 from fedrot.errors import FedrotError, Refused
 from fedrot.methods import FedRot, Server
 from fedrot.options import merge
-from fedrot.simulation import checkpoint, rounds
+from fedrot.simulation import checkpoint, rounds, run_dir
 from fedrot.simulation.adapter import draw_factors, load_adapter
 from fedrot.simulation.rounds import federate, prepare, train_round
 from fedrot.simulation.run_dir import RunDir, open_run
@@ -206,6 +206,32 @@ def test_a_run_that_is_refused_leaves_what_was_there(tmp_path):
     before = {p: p.read_bytes() for p in (tmp_path / "done").rglob("*") if p.is_file()}
     refused(tmp_path / "done", force=True)
     assert {p: p.read_bytes() for p in (tmp_path / "done").rglob("*") if p.is_file()} == before
+
+
+def test_a_run_that_another_process_began_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    path, first, second = tmp_path / "run", small("fedit"), small("fedit", "local.lr=0.01")
+
+    def slow(config, track, prepare=rounds.prepare):
+        if not path.exists():
+            open_run(path, first.tree()).start(first.tree())
+        return prepare(config, track)
+
+    monkeypatch.setattr(rounds, "prepare", slow)
+    with pytest.raises(FedrotError, match="holds an unfinished run"):
+        federate(second, path)
+    assert open_run(path, first.tree(), resume=True).started and not (path / "metrics.csv").exists()
+
+
+def test_a_start_that_was_killed_is_not_continued_in_the_middle(tmp_path, monkeypatch, interrupt):
+    """The checkpoint goes before the metrics that belong to it."""
+    config, path = small("fedrot"), tmp_path / "run"
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        federate(config, path)
+    removed = []
+    monkeypatch.setattr(run_dir, "remove", lambda paths: removed.extend(p.name for p in paths))
+    RunDir(path).start(config.tree())
+    assert removed.index("checkpoint.safetensors") < removed.index("metrics.jsonl")
 
 
 def test_a_refusal_passes_between_processes(tmp_path):

@@ -334,6 +334,11 @@ def test_finished_runs_are_kept(finished, monkeypatch):
     with pytest.raises(FedrotError, match=message) as error:
         run_experiment(changed, folder / "out", workers=1)
     assert "--resume" not in str(error.value)
+    none = {**TINY["options"], "clients.partition": "column", "clients.column": "none"}
+    wrong = read_experiment(write(folder / "out", options=none))
+    with pytest.raises(FedrotError, match=r"clients\.column must name a column"):
+        run_experiment(wrong, folder / "out", workers=1, force=True)
+    run_experiment(experiment, folder / "out", workers=1)  # nothing was removed
 
 
 def test_a_sweep_over_any_text_is_reported(tmp_path):

@@ -24,6 +24,12 @@ def narrow_clients(inputs, ref=torch.float32, dtype=torch.bfloat16):
     return inputs
 
 
+def with_gaps(t):
+    wide = torch.full((t.shape[0], t.shape[1] + 5), float("nan"), dtype=t.dtype)
+    wide[:, : t.shape[1]] = t
+    return wide[:, : t.shape[1]]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("r", [9, 16, 17, 24, 31, 32, 33, 48, 64])
 @pytest.mark.parametrize("align", ["joint", "A", "B"])
@@ -52,12 +58,15 @@ def test_other_references(ref):
 
 @pytest.mark.parametrize("ref", [torch.bfloat16, torch.float32], ids=str)
 def test_gram(ref):
-    """Tiles of several clients, cut off at every end; a float reference is not rounded."""
-    shapes = [(530, 1023, 5), (1040, 147, 20), (31, 33, 16)]
-    for given in (None, [20, 3, 16]):
-        inputs = narrow_clients(planted(3, shapes, ranks=given, seed=5), ref)
-        for actual, expected in zip(op.gram(*inputs), reference.gram(*inputs), strict=True):
-            assert_close([actual], [expected], GRAM_TOLERANCE[torch.float32])
+    """Tiles of several clients, cut off at every end, and more positions than are multiplied at a
+    time, of few clients and of many; a float reference is not rounded."""
+    shapes = [(530, 1063, 5), (1040, 147, 20), (31, 33, 16)]
+    few = [planted(3, shapes, ranks=given, seed=5) for given in (None, [20, 3, 16])]
+    for inputs in (*few, planted(41, [(300, 650, 7)], seed=6)):
+        narrow = narrow_clients(inputs, ref)
+        for given in (narrow, narrow.map(with_gaps)):
+            for actual, expected in zip(op.gram(*given), reference.gram(*narrow), strict=True):
+                assert_close([actual], [expected], GRAM_TOLERANCE[torch.float32])
 
 
 def test_float_reference_keeps_its_bits():
@@ -133,12 +142,6 @@ def test_combine_of_smaller_ranks(dtype):
 
 def test_rows_with_gaps():
     inputs = narrow_clients(planted(3, [(96, 128, 16), (40, 50, 19)]))
-
-    def with_gaps(t):
-        wide = torch.full((t.shape[0], t.shape[1] + 5), float("nan"), dtype=t.dtype)
-        wide[:, : t.shape[1]] = t
-        return wide[:, : t.shape[1]]
-
     for actual, expected in zip(
         op.align_aggregate(*inputs.map(with_gaps)), op.align_aggregate(*inputs), strict=True
     ):

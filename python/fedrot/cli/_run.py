@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import shlex
 import shutil
 import sys
@@ -36,20 +37,27 @@ def user_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         for name, hint in hints.items()
         if any(isinstance(part, OptionInfo) for part in getattr(hint, "__metadata__", ()))
     }
+    signature = inspect.signature(command)
 
-    def told(error: Exception) -> str:
+    def told(error: Exception, given: dict[str, Any]) -> str:
         if isinstance(error, OSError) and error.filename and error.strerror:
             return f"{error.filename}: {error.strerror}"
         text = str(error)
-        argument, must, _ = text.partition(" must ")
-        return f"--{text}" if must and argument in options else text
+        name, must, _ = text.partition(" must ")
+        # KEY=VALUE may have the same name.
+        if not must or name not in options:
+            return text
+        default = signature.parameters[name].default
+        return f"--{text}" if given.get(name, default) != default else text
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except (ValueError, TypeError, OSError) as error:
-            typer.echo(f"fedrot: {told(error)}", err=True)
+            typer.echo(
+                f"fedrot: {told(error, signature.bind(*args, **kwargs).arguments)}", err=True
+            )
             raise typer.Exit(1) from error
 
     return run

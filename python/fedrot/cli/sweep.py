@@ -38,17 +38,15 @@ def sweep(
     from fedrot.report.sweep_pages import write_results
     from fedrot.sweep.analysis import Results
     from fedrot.sweep.experiment import read_experiment
-    from fedrot.sweep.runner import clear, run_experiment
+    from fedrot.sweep.runner import run_experiment
 
     changes: dict[str, Any] = {} if seeds is None else {"seeds": seeds}
     planned = read_experiment(experiment, changes)
     folder = output or Path("runs") / planned.name
-    if force:
-        clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with progress(quiet) as track:
-        outcomes = run_experiment(planned, folder, workers or cores or 1, track)
+        outcomes = run_experiment(planned, folder, workers or cores or 1, track, force=force)
     results = Results(planned, outcomes)
     written = write_results(results, folder)
     if not quiet:

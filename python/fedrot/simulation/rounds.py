@@ -141,6 +141,7 @@ def federate(
             return run.summary()
     with _threads(config.threads):
         federation = prepare(config, track)  # before anything of an earlier run is removed
+        open_run(path, config.tree(), resume=resume, force=force)  # nobody has begun meanwhile
         if force or not run.started:
             run.start(config.tree())
         run.tidy()

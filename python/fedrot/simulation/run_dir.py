@@ -31,9 +31,9 @@ Row = dict[str, Any]
 
 OWN = (
     "config.yaml",
+    "checkpoint.safetensors",  # before the metrics, without which it must not be continued
     "metrics.jsonl",
     "metrics.csv",
-    "checkpoint.safetensors",
     "merged.safetensors",
     "summary.json",
     "report.html",

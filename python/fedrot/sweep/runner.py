@@ -57,14 +57,29 @@ class Outcome:
 
 
 def run_experiment(
-    experiment: Experiment, out: Path, workers: int, track: Track = no_progress
+    experiment: Experiment,
+    out: Path,
+    workers: int,
+    track: Track = no_progress,
+    *,
+    force: bool = False,
 ) -> list[Outcome]:
     """Tune every method in every cell, then run it over the seeds; a run that is already finished
-    in ``out`` is kept, so an interrupted sweep goes on where it stopped.
+    in ``out`` is kept, so an interrupted sweep goes on where it stopped. ``force``: all are
+    removed first.
 
     Raises:
-        FedrotError: ``out`` holds runs of another configuration.
+        FedrotError: ``out`` holds runs of another configuration, or data and options of a cell do
+            not go together.
     """
+    if force:
+        from fedrot.simulation.rounds import prepare
+
+        variant, seed = experiment.methods[0], experiment.first_seed
+        for cell in experiment.cells:  # what only the data show, while the earlier runs are there
+            trial = experiment.trials(variant)[0]
+            prepare(experiment.config(cell, variant, trial, seed, tuning=False), track)
+        clear(out)
     pairs = [(cell, variant) for cell in experiment.cells for variant in experiment.methods]
     trials = {variant.label: experiment.trials(variant) for variant in experiment.methods}
     tuning: dict[tuple[str, str, int, int], Job] = {}
