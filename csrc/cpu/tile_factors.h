@@ -11,8 +11,7 @@
 namespace fedrot {
 inline namespace FEDROT_ISA {
 
-// Positions at a time, and of them in one step of a sum over positions.
-constexpr int tile_chunk = 512, step_positions = 32;
+constexpr int tile_chunk = 512;  // positions at a time
 
 inline bool uses_tiles(const Problem& problem, int r) {
   // Below, vectors are as fast: tiles are mostly empty, or parts take too long to make. Those of
@@ -26,10 +25,6 @@ template <class F>
 inline void with_tile_type(const Problem& problem, F f) {
   problem.client_dtype == DType::bf16 ? f(static_cast<BFloat16*>(nullptr))
                                       : f(static_cast<Float16*>(nullptr));
-}
-
-inline int steps_of(std::int64_t positions) {
-  return int((positions + step_positions - 1) / step_positions);
 }
 
 template <class T>

@@ -14,13 +14,11 @@ inline bool gram_uses_tiles(const Problem& problem) {
   return problem.client_dtype == DType::bf16 && problem.ref_dtype == DType::bf16;
 }
 
-constexpr int tile_positions = 2 * tile_rows;  // in pairs
-
 // Positions at a time: the tiles of both sides stay in the second-level cache.
 inline int tile_gram_length(int n) {
   constexpr int bytes = 512 << 10, longest = 1024;
   return std::min(longest,
-                  std::max(tile_positions, bytes / (4 * n) / tile_positions * tile_positions));
+                  std::max(step_positions, bytes / (4 * n) / step_positions * step_positions));
 }
 
 // Floats of scratch: the tiles of both sides, and a panel.
@@ -41,9 +39,9 @@ inline void tiles_from_A(const Factor<BFloat16>& A, int clients, int r, std::int
         const Block<BFloat16> X = A.positions(client, begin, count, nullptr);
         from = X.data + direction * X.direction;
       }
-      for (int t = 0; t < count; t += tile_positions, row += tiles * tile_bytes) {
+      for (int t = 0; t < count; t += step_positions, row += tiles * tile_bytes) {
         const int left = count - t;
-        const auto inside = left >= tile_positions ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
+        const auto inside = left >= step_positions ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
         _mm512_storeu_si512(
             row, from ? _mm512_maskz_loadu_epi16(inside, from + t) : _mm512_setzero_si512());
       }
@@ -63,14 +61,14 @@ inline void tile_gram(const Problem& problem, int layer, Side side, int r, int f
   const Tiles unit(tile_rows, tile_rows, tile_rows, true);
   for (std::int64_t begin = 0; begin < all; begin += length) {
     const int count = int(std::min<std::int64_t>(length, all - begin));
-    const int steps = (count + tile_positions - 1) / tile_positions;
+    const int steps = steps_of(count);
     const bool of_A = side == Side::A;
     if (of_A) {
       tiles_from_A(factor, problem.clients, r, begin, count, tiles, left);
     } else {
       fill_from_B(factor, problem.clients, r, begin, count, n, panel, panel);
       for (int t = 0; t < steps; ++t)
-        pack_across(panel + std::int64_t(t) * tile_positions * n, n, count - t * tile_positions, n,
+        pack_across(panel + std::int64_t(t) * step_positions * n, n, count - t * step_positions, n,
                     tile_rows, 1, right + t * tiles * tile_bytes, tile_bytes);
     }
     flip(steps * tiles, of_A ? left : right, of_A ? right : left);

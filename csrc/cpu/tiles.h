@@ -18,6 +18,12 @@ inline namespace FEDROT_ISA {
 constexpr int tile_rows = 16, tile_row_bytes = 64, tile_bytes = tile_rows * tile_row_bytes,
               most_parts = 3, most_swept = 4;
 
+// Positions in one step of a sum over positions, in pairs.
+constexpr int step_positions = 2 * tile_rows;
+inline int steps_of(std::int64_t positions) {
+  return int((positions + step_positions - 1) / step_positions);
+}
+
 // bfloat16 numbers that hold one of this type.
 template <class T>
 constexpr int parts_in = std::is_same_v<T, BFloat16> ? 1

@@ -303,10 +303,11 @@ def _check_attack(clients: Tree) -> None:
             raise FedrotError(
                 f"clients.{key}={clients[key]} needs clients.attackers, how many clients attack"
             )
-    if clients.get("attack") == "labels" and clients.get("attack_strength", 10.0) != 10.0:
+    strength = clients.get("attack_strength", Clients.attack_strength)
+    if clients.get("attack") == "labels" and strength != Clients.attack_strength:
         raise FedrotError(
             "clients.attack_strength is of sign-flip and noise, clients.attack=labels has none, "
-            f"got {clients['attack_strength']}"
+            f"got {strength}"
         )
 
 

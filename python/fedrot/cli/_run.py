@@ -31,33 +31,29 @@ def listed(text: str) -> list[str]:
 
 def user_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """Turn an error in the user's input into one line on stderr and exit code 1."""
-    hints = typing.get_type_hints(command, include_extras=True)
-    options = {
-        name
-        for name, hint in hints.items()
-        if any(isinstance(part, OptionInfo) for part in getattr(hint, "__metadata__", ()))
-    }
-    signature = inspect.signature(command)
-
-    def told(error: Exception, given: dict[str, Any]) -> str:
-        if isinstance(error, OSError) and error.filename and error.strerror:
-            return f"{error.filename}: {error.strerror}"
-        text = str(error)
-        name, must, _ = text.partition(" must ")
-        # KEY=VALUE may have the same name.
-        if not must or name not in options:
-            return text
-        default = signature.parameters[name].default
-        return f"--{text}" if given.get(name, default) != default else text
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except (ValueError, TypeError, OSError) as error:
-            typer.echo(
-                f"fedrot: {told(error, signature.bind(*args, **kwargs).arguments)}", err=True
-            )
+            given = inspect.signature(command).bind(*args, **kwargs).arguments
+            typer.echo(f"fedrot: {_told(error, command, given)}", err=True)
             raise typer.Exit(1) from error
 
     return run
+
+
+def _told(error: Exception, command: Callable[..., Any], given: dict[str, Any]) -> str:
+    """The error's text, with the file where it is the system's, and the option where it begins
+    with one that was ``given``: KEY=VALUE may have the same name."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error)
+    name, must, _ = text.partition(" must ")
+    hint = typing.get_type_hints(command, include_extras=True).get(name)
+    parts = getattr(hint, "__metadata__", ())
+    if not must or not any(isinstance(part, OptionInfo) for part in parts):
+        return text
+    default = inspect.signature(command).parameters[name].default
+    return f"--{text}" if given.get(name, default) != default else text

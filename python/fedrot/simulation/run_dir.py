@@ -29,13 +29,13 @@ from fedrot.options import Tree, build, first_difference, read_yaml
 
 Row = dict[str, Any]
 
+# What a run writes beside config.yaml, in the order in which a new run removes it.
 OWN = (
-    "config.yaml",
+    "summary.json",  # without it the run is unfinished
     "checkpoint.safetensors",  # before the metrics, without which it must not be continued
     "metrics.jsonl",
     "metrics.csv",
     "merged.safetensors",
-    "summary.json",
     "report.html",
 )
 OWN_FOLDERS = ("adapter", "clients", "tensorboard", "wandb")
@@ -81,9 +81,8 @@ class RunDir:
     def start(self, config: Tree) -> None:
         """A new run: what an earlier one wrote goes, and nothing else."""
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "summary.json").unlink(missing_ok=True)  # first: from here on it is unfinished
-        own = [self.path / name for name in (*OWN, *OWN_FOLDERS) if name != "config.yaml"]
-        remove([*own, *self.path.glob("*.png")])
+        remove([self.path / name for name in (*OWN, *OWN_FOLDERS)])
+        remove(self.path.glob("*.png"))
         write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def finish(self, summary: dict[str, Any]) -> None:

@@ -76,8 +76,8 @@ def run_experiment(
         from fedrot.simulation.rounds import prepare
 
         variant, seed = experiment.methods[0], experiment.first_seed
+        trial = experiment.trials(variant)[0]
         for cell in experiment.cells:  # what only the data show, while the earlier runs are there
-            trial = experiment.trials(variant)[0]
             prepare(experiment.config(cell, variant, trial, seed, tuning=False), track)
         clear(out)
     pairs = [(cell, variant) for cell in experiment.cells for variant in experiment.methods]
