@@ -157,7 +157,7 @@ class _Trainer:
     def _losses(self, layers: GroupedLayers, rows: Tensor, full: bool) -> Tensor:
         """The summed loss of each client ``(N,)`` on its examples ``rows`` ``(N, b)``."""
         flat, device = rows.flatten().clamp(min=0), self.model.device
-        batch = trim({key: value[flat] for key, value in self.train.items()})
+        batch = trim({key: value.index_select(0, flat) for key, value in self.train.items()})
         if "attention_mask" in batch:
             mask = batch["attention_mask"].view(*rows.shape, -1)
             layers.lengths[:] = mask.sum(2).amax(1).tolist()

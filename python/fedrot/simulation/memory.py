@@ -35,7 +35,7 @@ class Memory:
         modules = {name: model.get_base_model().get_submodule(name) for name in self.outputs}
 
         def answer(output: Tensor) -> Any:
-            return lambda *args, **kwargs: output[self.rows]
+            return lambda *args, **kwargs: output.index_select(0, self.rows)
 
         try:
             for name, module in modules.items():

@@ -19,4 +19,4 @@ def generator(
     # With their number: SeedSequence does not tell trailing zeros from nothing.
     words = [seed, zlib.crc32(purpose.encode()), len(indices), *indices]
     state = np.random.SeedSequence(words).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state[0] >> 1))
+    return torch.Generator(device).manual_seed(int(state[0]) >> 1)

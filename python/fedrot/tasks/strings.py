@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedrot.options import option
 from fedrot.tasks import base as shared
+from fedrot.tasks.attention import short_attention
 from fedrot.tasks.base import IGNORE, Batch, TaskData, Track, no_progress
 from fedrot.tasks.cache import cached, facts, made_by, quiet
 
@@ -41,9 +42,8 @@ ARCHITECTURE: dict[str, Any] = {
     "eos_token_id": TOKEN["</s>"],
     "pad_token_id": TOKEN["</s>"],
     "tie_word_embeddings": False,
-    "attn_implementation": "eager",  # plain operations; twelve tokens need no more
 }
-FORMAT = 1  # of the cache; a change of the code that makes the base model changes it
+FORMAT = 2  # of the cache; a change of the code that makes the base model changes it
 UNKNOWN = 0.15  # of the pre-training prompts have a new name, of random meaning
 ALL_LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
@@ -84,7 +84,7 @@ class Strings:
 
         with quiet():
             model = LlamaForCausalLM.from_pretrained(
-                data.base, attn_implementation=ARCHITECTURE["attn_implementation"]
+                data.base, attn_implementation=short_attention()
             )
         return model.eval().requires_grad_(False)
 
@@ -109,7 +109,9 @@ class Strings:
         every, known = torch.arange(10**DIGITS), tuple(ARITHMETIC)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.pretrain_seed)
-            model = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE))
+            model = LlamaForCausalLM(
+                LlamaConfig(**{**ARCHITECTURE, "attn_implementation": short_attention()})
+            )
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.pretrain_lr)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, self.pretrain_lr, total_steps=self.pretrain_steps
