@@ -45,30 +45,36 @@ def _warps(tile: int, dtype: torch.dtype) -> int:
     return max(1, min(most, tile * tile * dtype.itemsize // 4096))
 
 
+def _launch(warps: int) -> dict[str, Any]:
+    """Options of a launch. Fused multiply-adds are asked for: Triton 3.10 no longer takes them by
+    itself, and 3.9 warns of it."""
+    return {"num_warps": warps, "enable_fp_fusion": True}
+
+
 def _most_rows(widened: bool) -> int:
     """Of a product. From 64 on Triton (3.7) multiplies what was 16-bit and has been widened as TF32
     on sm_100, whatever precision is asked for."""
     return 32 if widened else 64
 
 
-def covariance_options(tile: int, dtype: torch.dtype, widened: bool) -> dict[str, int]:
+def covariance_options(tile: int, dtype: torch.dtype, widened: bool) -> dict[str, Any]:
     """How covariance_kernel is cut for a rank tile and what factors are multiplied in."""
     stack = max(16, min(tile, _most_rows(widened)))
     block = max(16, 4096 // (max(tile, 32) * dtype.itemsize // 2))
-    return {"STACK": stack, "BLOCK": min(block, 128), "num_warps": 8 if tile >= 128 else 4}
+    return {"STACK": stack, "BLOCK": min(block, 128), **_launch(8 if tile >= 128 else 4)}
 
 
-def apply_options(tile: int, dtype: torch.dtype) -> dict[str, int]:
+def apply_options(tile: int, dtype: torch.dtype) -> dict[str, Any]:
     """How apply_kernel is cut for a rank tile and the accumulator's dtype."""
     stack = max(16, min(tile, 32 if dtype == torch.float32 else 16))
     block = max(32, min(128, 4096 // tile))
-    return {"STACK": stack, "BLOCK": block, "num_warps": 8 if tile >= 128 else 4}
+    return {"STACK": stack, "BLOCK": block, **_launch(8 if tile >= 128 else 4)}
 
 
-def gram_options(size: int, dtype: torch.dtype, widened: bool) -> dict[str, int]:
+def gram_options(size: int, dtype: torch.dtype, widened: bool) -> dict[str, Any]:
     """How gram_kernel is cut for the size of a Gram matrix and what factors are multiplied in."""
     tile = max(16, min(_tile(size), 32 if dtype == torch.float64 else _most_rows(widened)))
-    return {"TILE": tile, "BLOCK": max(16, 128 // dtype.itemsize), "num_warps": 4}
+    return {"TILE": tile, "BLOCK": max(16, 128 // dtype.itemsize), **_launch(4)}
 
 
 def _gram_parts(layers: int, stacks: int, positions: int) -> int:
@@ -198,7 +204,7 @@ class Launches:
             "STAGES": 0 if lam == 0 else 1 if lam == 1 else 2,
             "PROPER": proper,
             "P": tile,
-            "num_warps": _warps(tile, layout.dtype),
+            **_launch(_warps(tile, layout.dtype)),
         }
         self._apply = _averages(layout)
         self._vectors = _vectors(layout, flat)
@@ -288,7 +294,7 @@ def polar(M: Tensor, *, proper: bool = False) -> Tensor:
     out = torch.empty(M.shape, dtype=matrices.dtype, device=M.device)
     count = matrices.numel() // (m * n)
     flags = torch.zeros(count, dtype=torch.int32, device=M.device)
-    options = {"PROPER": proper, "P": _tile(n), "num_warps": _warps(_tile(n), out.dtype)}
+    options = {"PROPER": proper, "P": _tile(n), **_launch(_warps(_tile(n), out.dtype))}
     with _on(M.device):
         for any_rank in (False, True) if count else ():
             polar_kernel[(count,)](matrices, out, flags, m, n, ANY=any_rank, **options)

@@ -88,7 +88,7 @@ def compiled(kernel, target: str, arguments: dict[str, object]):
     from triton.compiler import ASTSource
 
     arguments = dict(arguments)
-    options = {"num_warps": arguments.pop("num_warps")}
+    options = {name: arguments.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = arguments.pop(parameter.name)
