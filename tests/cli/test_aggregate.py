@@ -242,7 +242,7 @@ def test_error_text():
 def test_a_robust_rule_leaves_out_the_bad_one(tmp_path):
     good = write(tmp_path / "a", 1)
     folders = [good]
-    for name, factor in (("b", 1.0), ("c", 1.0), ("bad", -50.0)):
+    for name, factor in (("b", 1.0), ("c", 1.0), ("d", 1.0), ("bad", -50.0)):
         folder = write(tmp_path / name, 1)
         tensors = {key: t.clone() for key, t in read(good).items()}
         tensors[KEY_B] *= factor
@@ -258,8 +258,8 @@ def test_a_robust_rule_leaves_out_the_bad_one(tmp_path):
         torch.testing.assert_close(product, read(good)[KEY_B] @ read(good)[KEY_A])
     made = json.loads((out / "fedrot_provenance.json").read_text())["method"]
     assert made["rule"] == "multi-krum" and made["proper"] is False
-    code, _, stderr = fedrot(*args, "--rule", "trimmed", "--attackers", 2, "--force")
-    assert code == 1 and "needs at least 5 clients, got 4" in stderr
+    code, _, stderr = fedrot(*args, "--rule", "trimmed", "--attackers", 3, "--force")
+    assert code == 1 and "needs at least 7 clients, got 5" in stderr
     code, _, stderr = fedrot(*args, "--rule", "median", "--lam", "auto", "--force")
     assert code == 1 and "lam must be a number" in stderr
 

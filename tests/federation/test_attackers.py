@@ -81,10 +81,10 @@ def test_heads_are_spoiled_too_unless_they_stay_with_the_client():
 
 
 def test_wrong_labels_spoil_the_mean_and_unaligned_rules(tmp_path):
-    """Four of ten clients, in bases of their own, means of four seeds: as sign flips and noise in
+    """Four of eleven clients, in bases of their own, four seeds: as sign flips and noise in
     ``tests/methods/test_robust_methods.py``, but with uploads that training made."""
     options = (
-        *("clients.count=10", "clients.partition=iid", "clients.attackers=4"),
+        *("clients.count=11", "clients.partition=iid", "clients.attackers=4"),
         *("clients.attack=labels", "regauge=true", "rounds=6", "local.steps=20"),
     )
 
@@ -125,10 +125,10 @@ def test_what_is_refused():
     assert load(config.tree()) == config
     few = [*SMALL, "method.name=robust", "clients.participation=3"]
     for rule, message in [
-        ("krum", "method: rule=krum with attackers=1 needs at least 4 clients, got 3 in a round"),
+        ("krum", "method: rule=krum with attackers=1 needs at least 5 clients, got 3 in a round"),
         (
             "multi-krum",
-            "rule=multi-krum with attackers=1 needs at least 4 clients, got 3 in a round",
+            "rule=multi-krum with attackers=1 needs at least 5 clients, got 3 in a round",
         ),
         ("trimmed", "rule=trimmed with attackers=2 needs at least 5 clients, got 3 in a round"),
     ]:

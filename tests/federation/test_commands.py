@@ -99,6 +99,18 @@ def test_train(tmp_path):
         (["--task", "digit"], "unknown task 'digit'; did you mean 'digits'?"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["clients.count=5000"], "clients.count is 5000, but there are"),
+        (["--name", "../r"], "--name must be the name of a folder under --output, got '../r'"),
+        (["clients.labels=2"], "clients.labels=2 is of clients.partition=labels, not of dirichlet"),
+        (
+            ["clients.partition=iid", "clients.alpha=0.1"],
+            "clients.alpha=0.1 is of clients.partition=dirichlet, not of iid",
+        ),
+        (["clients.column=user"], "clients.column=user is of clients.partition=column, not of"),
+        (["server.momentum=0.5"], "server.momentum=0.5 is of fedavgm, not of fedavg"),
+        (
+            ["server.optimizer=fedadagrad", "server.beta1=0.5"],
+            "server.beta1=0.5 is of fedadam, fedyogi, not of fedadagrad",
+        ),
     ],
 )
 def test_train_errors(tmp_path, args, message):
@@ -226,6 +238,9 @@ def test_no_such_line_for_a_method_that_aggregate_does_not_have(tmp_path):
             "none of the compared methods has",
         ),
         (["--methods", "fedrot:lam=3"], "method.lam must lie in [0, 1], got 3.0"),
+        (["seed=4"], "seed is set by the comparison itself (--seeds)"),
+        (["setting=one-shot"], "setting is set by the comparison itself (--settings)"),
+        (["method.name=ffa"], "method.name is set by the comparison itself (--methods)"),
     ],
 )
 def test_compare_errors_before_anything_runs(tmp_path, args, message):

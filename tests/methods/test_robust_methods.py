@@ -230,7 +230,7 @@ def test_what_is_refused():
     ):
         Robust("trimmed", attackers=2).aggregate(CLIENTS[:4], REFERENCE)
     with pytest.raises(
-        ValueError, match="rule=krum with attackers=2 needs at least 5 clients, got 4"
+        ValueError, match="rule=krum with attackers=2 needs at least 7 clients, got 4"
     ):
         Robust("krum", attackers=2).aggregate(CLIENTS[:4], REFERENCE)
     with pytest.raises(ValueError, match="client 1 has layers"):
@@ -282,13 +282,24 @@ def test_weights_beside_the_factors():
     assert float(clip) == pytest.approx(1 + (1 * 1 + 3 * 0.5 + 4 * 1) / 8)
     mean = FedRot().average_rest(HEADS, START, weights)["bias"][0]
     assert float(mean) == pytest.approx((2 + 3 * 1.5 + 4 * 100) / 8)
-    with pytest.raises(ValueError, match="needs at least 4 clients, got 3"):
+    with pytest.raises(ValueError, match="needs at least 5 clients, got 3"):
         Robust("krum").average_rest(HEADS, START, weights)
     for value in (torch.inf, torch.nan):
         bad = [*HEADS[:4], {"bias": torch.tensor([0.0, value])}]
         for method in (Robust("clip"), Robust("median"), FedRot()):
             with pytest.raises(ValueError, match="client 4: bias is not finite"):
                 method.average_rest(bad, START)
+
+
+@pytest.mark.parametrize("rule", ["krum", "multi-krum"])
+def test_krum_withstands_bad_clients_that_send_the_same(rule):
+    """They are at no distance from each other: with ``N = 2 f + 3`` an honest client has as many
+    near ones, with fewer it would lose."""
+    clients = [scalar(2.0), scalar(2.1), scalar(1.9), scalar(2.2), scalar(1.8)]
+    out = Robust(rule, attackers=2).aggregate([*clients, *[scalar(-100.0)] * 2], REFERENCE)
+    assert 1.8 <= (out.B["m"] @ out.A["m"]).item() <= 2.2
+    squares = product_distances([*clients[:4], *[scalar(-100.0)] * 2], REFERENCE)
+    assert krum(squares, 3)[0] == 4  # what is refused
 
 
 def test_krum_ties_go_to_the_lower_number():

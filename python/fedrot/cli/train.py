@@ -59,10 +59,13 @@ def train(
     look_for(given.get("task"))  # before torch is imported, which takes seconds
 
     from fedrot.config import load
+    from fedrot.errors import FedrotError
     from fedrot.methods import METHODS
     from fedrot.simulation.rounds import federate
 
     resolved = load(given)
+    if name is not None and Path(name).name != name:
+        raise FedrotError(f"--name must be the name of a folder under --output, got {name!r}")
     label = name_of(resolved.method, METHODS)
     run = output / (name or f"{label}-{resolved.setting}-{resolved.seed}")
     with progress(quiet) as track:

@@ -33,7 +33,8 @@ class Robust(Method):
       ``f`` smallest values (arXiv 1803.01498).
     - ``"krum"``: the one client that is closest to its ``N - f - 2`` nearest others,
       ``"multi-krum"``: the mean of the ``N - f`` best by that score (arXiv 1703.02757). Distances
-      are ``||B_i A_i - B_j A_j||_F``, the same in any basis.
+      are ``||B_i A_i - B_j A_j||_F``, the same in any basis. Both need ``2 f + 3`` clients: of
+      fewer, bad ones that send the same are each other's nearest and win.
     - ``"clip"``: the mean of the changes of the reference, none longer than ``bound``; 0 stands for
       the median of their lengths (norm clipping, arXiv 1911.07963).
 
@@ -88,7 +89,9 @@ class Robust(Method):
 
     def check_clients(self, count: int) -> None:
         f = self.withstands
-        fewest = {"trimmed": 2 * f + 1, "krum": f + 3, "multi-krum": f + 3}.get(self.rule, 1)
+        fewest = {"trimmed": 2 * f + 1, "krum": 2 * f + 3, "multi-krum": 2 * f + 3}.get(
+            self.rule, 1
+        )
         if count < fewest:
             raise ValueError(
                 f"rule={self.rule} with attackers={f} needs at least {fewest} clients, got {count}"

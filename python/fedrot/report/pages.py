@@ -156,6 +156,8 @@ def findings(comparison: Comparison) -> list[str]:
             continue
         baseline = comparison.of(group.setting)[0]
         verdict = "a difference" if found.certain else "no difference beyond noise"
+        if not found.enough:
+            verdict = "too few seeds to tell"
         out.append(
             f"{group.label}: {group.method} against {baseline.method}: {verdict} "
             f"(95 % paired t-interval {found.low:+.3f} to {found.high:+.3f}, {found.pairs} seeds)."

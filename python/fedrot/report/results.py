@@ -26,8 +26,13 @@ class Difference:
     pairs: int
 
     @property
+    def enough(self) -> bool:
+        """Two seeds say nothing: equal differences of theirs have no spread at all."""
+        return self.pairs > 2
+
+    @property
     def certain(self) -> bool:
-        return self.low > 0 or self.high < 0
+        return self.enough and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)

@@ -149,10 +149,17 @@ def _check(variants: Sequence[Variant], settings: Sequence[str], options: Tree) 
             raise FedrotError(f"--{what} must name at least one")
         if twice := next((v for v in values if values.count(v) > 1), None):
             raise FedrotError(f"--{what} names {twice} twice")
+    for key, place in (
+        ("seed", "--seeds"),
+        ("setting", "--settings"),
+        ("method.name", "--methods"),
+    ):
+        if key in flatten(options):
+            raise FedrotError(f"{key} is set by the comparison itself ({place})")
     common = options.get("method", {})
     for key in flatten({"method": common}):
         option = key.removeprefix("method.")
-        if key != "method.name" and not any(has_option(v, option, common) for v in variants):
+        if not any(has_option(v, option, common) for v in variants):
             raise FedrotError(f"none of the compared methods has the option {key!r}")
 
 
