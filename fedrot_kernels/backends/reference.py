@@ -168,7 +168,7 @@ def gram(lora_A, lora_B, ref_A, ref_B) -> tuple[Tensor, Tensor]:
     both = [torch.stack(t).to(problem.compute_dtype) for t in (blocks_A, blocks_B)]
     if not all(bool(torch.isfinite(t).all()) for t in both):
         raise overflow(*both, layers=problem.layers)
-    gram_A, gram_B = ((t + t.mT) / 2 for t in both)  # symmetric to the bit
+    gram_A, gram_B = (t / 2 + t.mT / 2 for t in both)  # symmetric to the bit
     return gram_A.to(problem.device), gram_B.to(problem.device)
 
 

@@ -5,6 +5,11 @@ class FedrotError(ValueError):
     """Bad input; the message names the argument, the client or file, and the value found."""
 
 
+def first_line(error: Exception) -> str:
+    """Of its message, or its name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class Diverged(FedrotError):
     """Local training ran into values that are not finite."""
 

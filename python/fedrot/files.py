@@ -19,8 +19,12 @@ def new_file(path: Path) -> Iterator[Path]:
     """A temporary name to write; it becomes ``path`` when the block ends without an error."""
     fresh = path.with_name(f".{path.name}.new-{os.getpid()}")
     with _named(fresh, path):
+        fresh.touch()
+        readable = fresh.stat().st_mode  # safetensors makes its files private
+        fresh.unlink()
         try:
             yield fresh
+            fresh.chmod(readable)
             fresh.replace(path)
         finally:
             fresh.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedrot.errors import FedrotError
+from fedrot.errors import FedrotError, first_line
 
 PATIENCE = 1.0  # seconds for the hub to answer anything at all
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -130,7 +130,7 @@ def _download(name: str, key: str, kind: str, files: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(name, repo_type=kind, allow_patterns=list(files)))
     except Exception as error:  # of the hub, of the network, of the disk: as varied as their causes
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         advice = _advice(name, key, kind, files)
         raise FedrotError(f"{name} cannot be downloaded ({reason}); {advice}") from error
 

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 import fedrot_kernels  # noqa: F401  (registers torch.ops.fedrot)
 from fedrot.factors import Factors, client_major
+from fedrot_kernels.checks import check_weight_values
 
 
 def aggregation_error(
@@ -26,9 +27,7 @@ def aggregation_error(
     ``left = [w_1 B_1 .. w_N B_N, -B]`` and ``right = [A_1; ..; A_N; A]``, the squared norm is
     ``<left^T left, right right^T>``.
     """
-    n = len(uploads)
-    w = torch.ones(n) if weights is None else weights
-    w = w.to(torch.float64) / w.to(torch.float64).sum()
+    w = check_weight_values(weights, len(uploads))
     errors = {}
     for name, B in aggregate.B.items():
         left = torch.cat(

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrot.errors import FedrotError
 from fedrot.options import option
 
 ADAPTIVE = ("fedadam", "fedyogi", "fedadagrad")
@@ -33,16 +32,6 @@ class ServerOptimizer:
     beta1: float = option(0.9, at_least=0, below=1)
     beta2: float = option(0.99, at_least=0, below=1)
     eps: float = option(1e-3, above=0)
-
-    def __post_init__(self) -> None:
-        of = {"momentum": ("fedavgm",), "eps": ADAPTIVE}
-        of |= dict.fromkeys(("beta1", "beta2"), ("fedadam", "fedyogi"))
-        for key, optimizers in of.items():
-            value = getattr(self, key)
-            if value != getattr(ServerOptimizer, key) and self.optimizer not in optimizers:
-                raise FedrotError(
-                    f"server.{key}={value} is of {', '.join(optimizers)}, not of {self.optimizer}"
-                )
 
     @property
     def plain(self) -> bool:

@@ -106,11 +106,6 @@ def test_train(tmp_path):
             "clients.alpha=0.1 is of clients.partition=dirichlet, not of iid",
         ),
         (["clients.column=user"], "clients.column=user is of clients.partition=column, not of"),
-        (["server.momentum=0.5"], "server.momentum=0.5 is of fedavgm, not of fedavg"),
-        (
-            ["server.optimizer=fedadagrad", "server.beta1=0.5"],
-            "server.beta1=0.5 is of fedadam, fedyogi, not of fedadagrad",
-        ),
     ],
 )
 def test_train_errors(tmp_path, args, message):

@@ -10,11 +10,12 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small import equal, small
 
 from fedrot.config import load
 from fedrot.errors import FedrotError, Refused
+from fedrot.files import new_file
 from fedrot.methods import FedRot, Server
 from fedrot.options import merge
 from fedrot.simulation import checkpoint, rounds, run_dir
@@ -32,6 +33,14 @@ def without_times(rows):
 
 def adapter_tensors(folder):
     return load_file(folder / "adapter_model.safetensors")
+
+
+def test_files_of_safetensors_are_as_readable_as_others(tmp_path):
+    (tmp_path / "other").touch()
+    with new_file(tmp_path / "tensors") as fresh:
+        save_file({"a": torch.zeros(1)}, fresh)
+    modes = {(tmp_path / name).stat().st_mode for name in ("other", "tensors")}
+    assert len(modes) == 1
 
 
 def test_fedit_is_the_mean_of_the_uploads(tmp_path):

@@ -59,6 +59,12 @@ def test_hetlora():
     check(HetLoRA(norm_weights=False).aggregate(CLIENTS, REFERENCE, WEIGHTS), MEAN_A, MEAN_B)
     zero = [Factors(c.A, {"m": torch.zeros(1, 2)}) for c in CLIENTS]
     check(HetLoRA().aggregate(zero, REFERENCE, WEIGHTS), MEAN_A, [[0.0, 0]])
+    # Who has a product has no weight: the weights alone decide.
+    check(
+        HetLoRA().aggregate([zero[0], CLIENTS[1]], REFERENCE, torch.tensor([1.0, 0])),
+        [[3.0, 0], [0, 1]],
+        [[0.0, 0]],
+    )
 
 
 def test_a_smaller_rank_is_padded_with_zeros():

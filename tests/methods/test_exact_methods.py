@@ -283,3 +283,30 @@ def test_lora_fair_with_little_regularization_approaches_the_refit():
 def test_lora_fair_refuses():
     with pytest.raises(ValueError, match="regularization must not be negative, got -1"):
         LoRAFAIR(-1)
+
+
+def test_weights_whose_sum_overflows_count_as_any_others():
+    uploads, reference, _ = federation(clients=2)
+    large = torch.full((2,), 1e308, dtype=torch.float64)
+    plain, out = (FlexLoRA().aggregate(uploads, reference, w) for w in (None, large))
+    for module in SHAPES:
+        torch.testing.assert_close(product(out, module), product(plain, module))
+    average = FedExLoRA().aggregate(uploads, reference, large)
+    residuals = FedExLoRA().fold(uploads, average, large)
+    for module in SHAPES:
+        whole = product(average, module) + residuals[module].double()
+        torch.testing.assert_close(whole, exact(uploads, module), rtol=1e-5, atol=1e-5)
+    errors = aggregation_error(uploads, FedIT().aggregate(uploads, reference), large)
+    assert errors == aggregation_error(uploads, FedIT().aggregate(uploads, reference))
+
+
+def test_flora_looks_at_what_it_stacks():
+    uploads, reference, _ = federation(clients=2)
+    with pytest.raises(ValueError, match=r"weights must not be negative|weights\[0\]"):
+        FLoRA().aggregate(uploads, reference, torch.tensor([-1.0, 3.0]))
+    uploads[1].A["tall"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"lora_A holds a non-finite value for client 1"):
+        FLoRA().aggregate(uploads, reference)
+    other = Factors({"x": torch.ones(1, 1)}, {"x": torch.ones(1, 1)})
+    with pytest.raises(ValueError, match="client 1 has layers"):
+        FLoRA().aggregate([uploads[0], other], reference)

@@ -160,6 +160,22 @@ def test_files_of_a_part_are_joined_in_order(tmp_path):
         read_part(tmp_path, "validation")
 
 
+def test_damaged_files_are_named(tmp_path):
+    whole = gzip.compress(b'{"a": "text of some length"}\n' * 50)
+    for name, content in (
+        ("cut", whole[:-20]),
+        ("plain", b'{"a": 1}\n'),
+        ("bad", whole[:10] + b"x" * 30),
+    ):
+        file = tmp_path / f"{name}.jsonl.gz"
+        file.write_bytes(content)
+        with pytest.raises(FedrotError, match=f"{name}.jsonl.gz cannot be read: "):
+            read_file(file)
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": }\n')
+    with pytest.raises(FedrotError, match=r"a.jsonl, line 2, column 7 is not JSON: "):
+        read_file(tmp_path / "a.jsonl")
+
+
 def test_a_part_is_a_whole_word_of_a_file_or_folder(tmp_path):
     folder = tmp_path / "test"  # what is above the given folder does not count
     names = ["contest-train.jsonl", "data/train-0.csv", "train/a.json", "Train_2.parquet"]
@@ -202,7 +218,7 @@ def test_values_that_are_none(values, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"a": 1}\n{"a"\n', "cannot be read"),
+        ("a.jsonl", b'{"a": 1}\n{"a"\n', "a.jsonl, line 2, column 5 is not JSON: "),
         ("a.jsonl", b"[1]\n", "must hold rows with named columns"),
         ("a.csv", b"", "must hold rows with named columns"),
         ("a.csv", b"text,label\na,b\nc, d,e\n", "row 2: more values than .* columns .*: 'e'"),

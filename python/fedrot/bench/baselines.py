@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fedrot.errors import first_line
+
 Tensors = Sequence[Tensor]
 Means = tuple[list[Tensor], list[Tensor]]
 
@@ -146,7 +148,7 @@ def compiler_missing() -> str | None:
     try:
         torch.compile(torch.square)(torch.ones(2))
     except Exception as error:  # whatever the compiler at hand may raise
-        return f"torch.compile does not work here: {str(error).splitlines()[0]}"
+        return f"torch.compile does not work here: {first_line(error)}"
     return None
 
 

@@ -109,8 +109,8 @@ class HetLoRA(Method):
     ) -> Factors:
         if self.norm_weights:
             norms = torch.tensor([_norm(u) for u in uploads], dtype=torch.float64)
-            if norms.sum() > 0:
-                products = normalised(weights, len(uploads)).cpu() * norms
+            products = normalised(weights, len(uploads)) * norms
+            if products.sum() > 0:
                 weights = products.to(next(iter(reference.A.values())).device)
         return average(uploads, reference, weights)
 

@@ -278,8 +278,7 @@ def residual(
 
 def normalised(weights: Tensor | None, clients: int) -> Tensor:
     """The weights with sum 1, in float64; uniform for ``None``."""
-    w = torch.ones(clients) if weights is None else weights
-    return w.double() / w.double().sum()
+    return torch.tensor(check_weight_values(weights, clients), dtype=torch.float64)
 
 
 def wide(t: Tensor) -> Tensor:

@@ -133,6 +133,8 @@ class FLoRA(Method):
         round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Factors:
+        checked_weights(uploads, reference, weights)
+        _check_finite(uploads)
         generator, A = drawing(generator, round), {}
         for module, like in reference.A.items():
             drawn = torch.empty(like.shape, dtype=like.dtype, device=generator.device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrot.errors import FedrotError
+from fedrot.errors import FedrotError, first_line
 from fedrot.tasks.base import IGNORE, Batch
 
 
@@ -21,7 +21,7 @@ def tokenizer_of(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise FedrotError(f"{folder} holds no tokenizer ({_first_line(error)})") from error
+        raise FedrotError(f"{folder} holds no tokenizer ({first_line(error)})") from error
 
 
 def classification(tokenizer: Any, texts: Sequence[Sequence[str]], longest: int) -> Batch:
@@ -119,7 +119,3 @@ def _without_end(tokens: list[int], tokenizer: Any) -> list[int]:
     if tokenizer.eos_token_id is None:
         raise FedrotError("the tokenizer has no end-of-text token, which generation needs")
     return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token_id else tokens
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

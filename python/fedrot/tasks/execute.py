@@ -20,9 +20,9 @@ LIMITED = f"""
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
+    del resource
 except (ImportError, ValueError, OSError):
     pass
-del resource
 """
 
 

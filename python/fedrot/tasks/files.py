@@ -9,12 +9,15 @@ import csv
 import gzip
 import json
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedrot.errors import FedrotError
 
+# What a damaged file raises, an archive that was cut off included.
+BROKEN = UnicodeDecodeError, json.JSONDecodeError, csv.Error, EOFError, zlib.error, gzip.BadGzipFile
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".csv")
 
 Columns = dict[str, list[Any]]
@@ -83,10 +86,10 @@ def read_file(file: Path) -> Columns:
             elif name.endswith(".json"):
                 content = text.read()
                 listed = content.lstrip().startswith("[")
-                rows = json.loads(content) if listed else _json_lines(content.splitlines())
+                rows = json.loads(content) if listed else _json_lines(file, content.splitlines())
             else:
-                rows = _json_lines(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+                rows = _json_lines(file, text)
+    except BROKEN as error:
         raise FedrotError(f"{file} cannot be read: {error}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise FedrotError(f"{file} must hold rows with named columns")
@@ -100,8 +103,16 @@ def read_file(file: Path) -> Columns:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _json_lines(lines: Any) -> list[Any]:
-    return [json.loads(line) for line in lines if line.strip()]
+def _json_lines(file: Path, lines: Iterable[str]) -> list[Any]:
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line.rstrip()))
+            except json.JSONDecodeError as error:
+                where = f"{file}, line {number}, column {error.colno}"
+                raise FedrotError(f"{where} is not JSON: {error.msg}") from error
+    return rows
 
 
 def _read_parquet(file: Path) -> Columns:

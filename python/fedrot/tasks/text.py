@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedrot.errors import FedrotError
+from fedrot.errors import FedrotError, first_line
 from fedrot.hub import data_folder, model_folder
 from fedrot.options import option
 from fedrot.tasks import base as shared
@@ -99,7 +99,7 @@ def load_model(data: TaskData, dtype: str = "float32") -> nn.Module:
                 data.base, **{precision: getattr(torch, dtype)}, **head
             )
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise FedrotError(f"{data.base} does not load as a model ({reason})") from error
     # Right after what is read, whatever the model was saved with.
     if model.config.pad_token_id is None:
