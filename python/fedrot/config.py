@@ -62,13 +62,6 @@ class Clients:
                 f"clients.count={self.count}, got {self.participation:g}"
             )
 
-        for key, partition in (("alpha", "dirichlet"), ("labels", "labels"), ("column", "column")):
-            value, default = getattr(self, key), getattr(Clients, key)
-            if value != default and self.partition != partition:
-                raise FedrotError(
-                    f"clients.{key}={value} is of clients.partition={partition}, not of "
-                    f"{self.partition}"
-                )
         if self.attackers >= self.count:
             raise FedrotError(
                 f"clients.attackers must be below clients.count={self.count}, got {self.attackers}"

@@ -100,12 +100,6 @@ def test_train(tmp_path):
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["clients.count=5000"], "clients.count is 5000, but there are"),
         (["--name", "../r"], "--name must be the name of a folder under --output, got '../r'"),
-        (["clients.labels=2"], "clients.labels=2 is of clients.partition=labels, not of dirichlet"),
-        (
-            ["clients.partition=iid", "clients.alpha=0.1"],
-            "clients.alpha=0.1 is of clients.partition=dirichlet, not of iid",
-        ),
-        (["clients.column=user"], "clients.column=user is of clients.partition=column, not of"),
     ],
 )
 def test_train_errors(tmp_path, args, message):

@@ -101,8 +101,8 @@ TAKEN = {
 @pytest.mark.parametrize("name", TAKEN)
 @pytest.mark.parametrize("round", [1, 2])
 def test_same_as_the_method(name, round):
-    method, weights = TAKEN[name], [5, 1, 3, 2]
-    start, clients = draw(0, [4, 2, 4, 1])
+    method, weights = TAKEN[name], [5, 1, 3, 2, 4]
+    start, clients = draw(0, [4, 2, 4, 1, 3])
     apps = {
         i: node(lambda _, c=c: c, w)
         for i, (c, w) in enumerate(zip(clients, weights, strict=True), 1)
@@ -171,7 +171,7 @@ def test_refused():
     with pytest.raises(ValueError, match="rank must not exceed the global one"):
         one_round(FedLoRA(FlexLoRA()), larger, START)
     with pytest.raises(
-        ValueError, match="rule=krum with attackers=1 needs at least 4 clients, got 2"
+        ValueError, match="rule=krum with attackers=1 needs at least 5 clients, got 2"
     ):
         one_round(FedLoRA(Robust("krum")), grid, START)
 

@@ -53,12 +53,15 @@ def test_the_middle_of_three_by_hand(rule):
 
 
 def test_krum_by_hand():
-    """Products 4 I, 5 I, 6.25 I and 10^4 I: with one attacker of four a score is the distance to
-    the nearest other, 1, 1 and 1.25 |I|. The first two are equal, and the first name wins."""
-    scales = {"site-1": 2.0, "site-2": 5**0.5, "site-3": 2.5, "site-4": 100.0}
+    """Products 4 I, 5 I, 3 I, 6 I and 10^4 I: with one attacker of five a score is that of the two
+    nearest others, 1 + 1, 1 + 1, 1 + 4 and 1 + 4 |I|^2. The first two are equal, and the first
+    name wins."""
+    scales = [(2.0, 2.0), (5.0, 1.0), (3.0, 1.0), (6.0, 1.0), (100.0, 100.0)]
     honest = [
-        client({A: s * R.T, B: s * R, HEAD: torch.zeros(2)}, 1, name)
-        for (name, s), R in zip(scales.items(), (EYE, QUARTER, -EYE, QUARTER), strict=True)
+        client({A: a * R.T, B: b * R, HEAD: torch.zeros(2)}, 1, f"site-{i}")
+        for i, ((a, b), R) in enumerate(
+            zip(scales, (EYE, QUARTER, -EYE, QUARTER, EYE), strict=True), 1
+        )
     ]
     results = []
     for order in itertools.permutations(honest):
@@ -86,14 +89,18 @@ def test_clipping_by_hand():
 def test_the_rule_is_for_what_is_beside_the_factors_too(rule):
     """A head that started from [5, 5]; whole parameters and differences give the same. A counter
     is no vector to have a vote on."""
-    options = {"rule": "clip", "bound": 2.0} if rule == "bound" else {"rule": rule}
+    options = {"rule": rule}
+    if rule == "bound":
+        options = {"rule": "clip", "bound": 2.0}
+    elif rule == "krum":
+        options["attackers"] = 0
     sent = {**GLOBAL, HEAD: torch.tensor([5.0, 5.0]), "count": torch.tensor(10)}
     heads = [[6.0, 5.0], [6.0, 6.0], [5.0, 6.5], [5.0, 905.0]]
-    # Krum: the squares of the distances to the nearest other are 1, 1, 1.25 and a large one. Clip
+    # Krum: squared distances to the two nearest others are 4.25, 2.25, 4.5 and a large one. Clip
     # leaves the medians of 1, 2^.5, 1.5, 900, or 2, of the last.
     middle = (2**0.5 + 1.5) / 2
     cut = [1.0, 2**0.5, middle, middle] if rule == "clip" else [1.0, 2**0.5, 1.5, 2.0]
-    wanted = {"median": torch.tensor([5.5, 6.25]), "krum": torch.tensor([6.0, 5.0])}.get(rule)
+    wanted = {"median": torch.tensor([5.5, 6.25]), "krum": torch.tensor([6.0, 6.0])}.get(rule)
     if wanted is None:
         changes = [torch.tensor(h) - 5 for h in heads]
         pairs = zip(cut, changes, strict=True)
@@ -151,7 +158,7 @@ def test_ranks_by_energy_by_hand(energy, rank):
         ("fedrot", {"lam": "auto", "align": "gpa"}, FedRot("auto", "gpa")),
         ("fedrot", {"lam": 1.0, "align": "optimal"}, FedRot(1.0, "optimal")),
         ("fedrot", {"lam": 0.7, "align": "alternate"}, FedRot(0.7, "alternate")),
-        ("robust", {"rule": "multi-krum", "attackers": 2}, Robust("multi-krum", 2)),
+        ("robust", {"rule": "multi-krum", "attackers": 1}, Robust("multi-krum", 2)),
     ],
 )
 def test_same_as_the_method(name, options, method, params_type):
@@ -200,7 +207,7 @@ def test_not_finite():
 
 def test_too_few_clients_end_the_job():
     with pytest.raises(
-        ValueError, match="rule=krum with attackers=1 needs at least 4 clients, got 2"
+        ValueError, match="rule=krum with attackers=1 needs at least 5 clients, got 2"
     ):
         of_two(FedLoRAAggregator("robust", {"rule": "krum"}))
     aggregator = FedLoRAAggregator("robust", {"rule": "median"})
