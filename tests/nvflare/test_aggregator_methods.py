@@ -158,7 +158,7 @@ def test_ranks_by_energy_by_hand(energy, rank):
         ("fedrot", {"lam": "auto", "align": "gpa"}, FedRot("auto", "gpa")),
         ("fedrot", {"lam": 1.0, "align": "optimal"}, FedRot(1.0, "optimal")),
         ("fedrot", {"lam": 0.7, "align": "alternate"}, FedRot(0.7, "alternate")),
-        ("robust", {"rule": "multi-krum", "attackers": 1}, Robust("multi-krum", 2)),
+        ("robust", {"rule": "multi-krum", "attackers": 1}, Robust("multi-krum", 1)),
     ],
 )
 def test_same_as_the_method(name, options, method, params_type):
