@@ -153,7 +153,7 @@ class Method(ABC):
                 if not torch.isfinite(t).all():
                     raise ValueError(f"client {i}: {name} is not finite")
         own_like, *on_cpu = ({name: own[name].cpu() for name in like} for own in (like, *rest))
-        return self._rest(on_cpu, own_like, normalised(weights, len(rest)).cpu())
+        return self._rest(on_cpu, own_like, normalised(weights, len(rest)))
 
     def _rest(
         self, rest: Sequence[Mapping[str, Tensor]], like: Mapping[str, Tensor], weights: Tensor
@@ -258,7 +258,7 @@ def stacked(
 ) -> tuple[Tensor, Tensor]:
     """``(left, right)`` with ``left @ right = sum_i w_i B_i A_i``: ``(d, R)`` and ``(R, k)``,
     ``R`` the sum of the ranks, in float32 or wider."""
-    w = normalised(weights, len(uploads)).tolist()
+    w = check_weight_values(weights, len(uploads))
     left = torch.cat([w[i] * wide(u.B[module]) for i, u in enumerate(uploads)], 1)
     return left, torch.cat([wide(u.A[module]) for u in uploads])
 
@@ -277,7 +277,7 @@ def residual(
 
 
 def normalised(weights: Tensor | None, clients: int) -> Tensor:
-    """The weights with sum 1, in float64; uniform for ``None``."""
+    """The weights with sum 1, in float64 on the CPU; uniform for ``None``."""
     return torch.tensor(check_weight_values(weights, clients), dtype=torch.float64)
 
 

@@ -89,9 +89,8 @@ class Robust(Method):
 
     def check_clients(self, count: int) -> None:
         f = self.withstands
-        fewest = {"trimmed": 2 * f + 1, "krum": 2 * f + 3, "multi-krum": 2 * f + 3}.get(
-            self.rule, 1
-        )
+        by_krum = 2 * f + 3
+        fewest = {"trimmed": 2 * f + 1, "krum": by_krum, "multi-krum": by_krum}.get(self.rule, 1)
         if count < fewest:
             raise ValueError(
                 f"rule={self.rule} with attackers={f} needs at least {fewest} clients, got {count}"
