@@ -242,12 +242,21 @@ OVERFLOW = (
 NOT_COMBINED = "mix_A or mix_B holds a non-finite value, or the result overflows its dtype"
 
 
-def overflow(*results: Sequence[Tensor] | Tensor, layers: int) -> ValueError:
+def overflow(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    layers: int,
+    *results: Sequence[Tensor] | Tensor,
+) -> ValueError:
     """What to raise where finite factors gave ``results`` that are not, entry ``[i * layers + l]``
-    for layer ``l``; names the layer of the first that is not."""
+    for layer ``l``; names the layer of the first that is not, and the client to look at there."""
     for index, t in itertools.chain.from_iterable(map(enumerate, results)):
         if not bool(torch.isfinite(t).all()):
-            return ValueError(f"{OVERFLOW} (layer {index % layers})")
+            layer = index % layers
+            pairs = zip(lora_A[layer::layers], lora_B[layer::layers], strict=True)
+            sizes = [float(A.abs().max()) * float(B.abs().max()) for A, B in pairs]
+            largest = sizes.index(max(sizes))
+            return ValueError(f"{OVERFLOW} (layer {layer}; the largest client there is {largest})")
     return ValueError(OVERFLOW)
 
 

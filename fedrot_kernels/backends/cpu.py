@@ -32,7 +32,7 @@ def _explain(factors: Factors, *results: Sequence[Tensor] | Tensor) -> NoReturn:
     """Say which value was not finite; the kernels only say that one was."""
     names = ("lora_A", "lora_B", "ref_A", "ref_B")
     check_finite(len(factors[2]), **dict(zip(names, factors, strict=True)))
-    raise overflow(*results, layers=len(factors[2]))
+    raise overflow(*factors[:2], len(factors[2]), *results)
 
 
 class Runner:

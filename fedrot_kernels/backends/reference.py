@@ -135,7 +135,7 @@ def align_aggregate(
     A = [t.to(problem.out_dtype) for t in out_A]
     B = [t.to(problem.out_dtype) for t in out_B]
     if not all(bool(torch.isfinite(t).all()) for t in [*A, *B]):
-        raise overflow(A, B, layers=problem.layers)
+        raise overflow(lora_A, lora_B, problem.layers, A, B)
     return [t.to(problem.device) for t in A], [t.to(problem.device) for t in B]
 
 
@@ -167,7 +167,7 @@ def gram(lora_A, lora_B, ref_A, ref_B) -> tuple[Tensor, Tensor]:
         blocks_B.append(stacked_B.T @ stacked_B)
     both = [torch.stack(t).to(problem.compute_dtype) for t in (blocks_A, blocks_B)]
     if not all(bool(torch.isfinite(t).all()) for t in both):
-        raise overflow(*both, layers=problem.layers)
+        raise overflow(lora_A, lora_B, problem.layers, *both)
     gram_A, gram_B = (t / 2 + t.mT / 2 for t in both)  # symmetric to the bit
     return gram_A.to(problem.device), gram_B.to(problem.device)
 

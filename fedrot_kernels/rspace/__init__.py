@@ -22,7 +22,7 @@ from fedrot_kernels.rspace.averages import (
     combined,
     truncation,
 )
-from fedrot_kernels.rspace.blocks import Blocks
+from fedrot_kernels.rspace.blocks import Blocks, batches
 from fedrot_kernels.rspace.rotations import (
     ALIGN,
     gpa,
@@ -41,6 +41,7 @@ __all__ = [
     "aggregate",
     "aggregate_with_lam",
     "auto_lam",
+    "batches",
     "check_lam",
     "client_lam",
     "combined",

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fedrot_kernels.checks import check
-from fedrot_kernels.rspace.blocks import Blocks, spectrum
+from fedrot_kernels.rspace.blocks import Blocks, batched, batches, spectrum
 from fedrot_kernels.rspace.rotations import check_options, rotations_with_lam
-
-BYTES = 256 << 20  # of Gram blocks at a time
 
 Solver = Callable[[Blocks], tuple[Tensor, Tensor]]
 
@@ -75,7 +72,7 @@ def aggregate_with_lam(
         return U, U
 
     A, B = combined(lora_A, lora_B, ref_A, ref_B, weights, solve)
-    order = [layer for batch in _batches(ref_A, len(lora_A) // len(ref_A)) for layer in batch]
+    order = [layer for batch in batched(ref_A, len(lora_A) // len(ref_A)) for layer in batch]
     return A, B, torch.cat(found)[torch.tensor(order).argsort()]
 
 
@@ -89,32 +86,12 @@ def combined(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """``A = U_A^T stack(A)``, ``B = stack(B) U_B`` of every layer with what ``solve`` finds."""
     A, B = list(ref_A), list(ref_B)  # replaced below
-    layers = len(ref_A)
-    if layers == 0 or len(ref_B) != layers or len(lora_A) % layers or len(lora_A) != len(lora_B):
-        check(lora_A, lora_B, ref_A, ref_B, weights, 1.0, "joint")
-    for batch in _batches(ref_A, len(lora_A) // layers):
-        part = [list(t) for t in (lora_A, lora_B, ref_A, ref_B)]
-        if len(batch) < layers:
-            part = [
-                [t[i + layer] for i in range(0, len(t), layers) for layer in batch] for t in part
-            ]
-        blocks = Blocks.of(part[0], part[1], part[2], part[3], weights)
+    for layers, factors, blocks in batches(lora_A, lora_B, ref_A, ref_B, weights):
         mixes = (U.reshape(blocks.ref_A.shape) for U in solve(blocks))
-        some_A, some_B = torch.ops.fedrot.combine(*part, *mixes)
-        for layer, layer_A, layer_B in zip(batch, some_A, some_B, strict=True):
+        some_A, some_B = torch.ops.fedrot.combine(*factors, *mixes)
+        for layer, layer_A, layer_B in zip(layers, some_A, some_B, strict=True):
             A[layer], B[layer] = layer_A, layer_B
     return A, B
-
-
-def _batches(ref_A: Sequence[Tensor], clients: int) -> Iterator[list[int]]:
-    """Layers of one rank, so many that their blocks take ``BYTES``."""
-    by_rank: dict[int, list[int]] = {}
-    for layer, A in enumerate(ref_A):
-        by_rank.setdefault(A.shape[0] if A.dim() == 2 else 0, []).append(layer)
-    for r, chosen in by_rank.items():
-        size = max(1, BYTES // (2 * 4 * max(1, (clients + 1) * r) ** 2))
-        for first in range(0, len(chosen), size):
-            yield chosen[first : first + size]
 
 
 def truncation(blocks: Blocks) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedrot_kernels.checks import check_weight_values, check_weights
+from fedrot_kernels.checks import check, check_weight_values, check_weights
+
+BYTES = 256 << 20  # of Gram blocks at a time
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,10 @@ class Blocks:
         Raises:
             ValueError, TypeError: as ``align_aggregate``, or layers differ in rank.
         """
+        gram_A, gram_B = torch.ops.fedrot.gram(lora_A, lora_B, ref_A, ref_B)
         ranks = {A.shape[0] for A in ref_A}
         if len(ranks) > 1:
             raise ValueError(f"layers must have one rank, got {sorted(ranks)}")
-        gram_A, gram_B = torch.ops.fedrot.gram(lora_A, lora_B, ref_A, ref_B)
         (r,) = ranks
         size = gram_A.shape[-1] - r
         check_weights(weights, size // r, gram_A.device)
@@ -127,6 +131,54 @@ class Blocks:
         the exact truncation, in float64."""
         _, _, r = self.shape
         return spectrum(self)[0][:, r:].sum(1)
+
+
+class Batch(NamedTuple):
+    """Layers of one rank: their numbers, ``lora_A, lora_B, ref_A, ref_B`` of them, their blocks."""
+
+    layers: list[int]
+    factors: list[list[Tensor]]
+    blocks: Blocks
+
+
+def batches(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    ref_A: Sequence[Tensor],
+    ref_B: Sequence[Tensor],
+    weights: Tensor | None = None,
+) -> Iterator[Batch]:
+    """All layers, in batches whose Gram blocks take about ``BYTES``; arguments as for
+    :func:`fedrot_kernels.align_aggregate`.
+
+    Raises:
+        ValueError, TypeError: as ``align_aggregate``.
+    """
+    total = len(ref_A)
+    numbers = list(batched(ref_A, len(lora_A) // max(1, total)))
+    if len(numbers) != 1:  # what follows sees a part, and would count the layers of that
+        check(lora_A, lora_B, ref_A, ref_B, weights, 1.0, "joint")
+    for layers in numbers:
+        factors = [list(t) for t in (lora_A, lora_B, ref_A, ref_B)]
+        if len(layers) < total:
+            factors = [[t[i + n] for i in range(0, len(t), total) for n in layers] for t in factors]
+        try:
+            blocks = Blocks.of(*factors, weights)
+        except ValueError as error:
+            message = re.sub(r"layer (\d+)", lambda at: f"layer {layers[int(at[1])]}", str(error))
+            raise ValueError(message) from error
+        yield Batch(layers, factors, blocks)
+
+
+def batched(ref_A: Sequence[Tensor], clients: int) -> Iterator[list[int]]:
+    """The numbers of the layers in each of :func:`batches`."""
+    by_rank: dict[int, list[int]] = {}
+    for layer, A in enumerate(ref_A):
+        by_rank.setdefault(A.shape[0] if A.dim() == 2 else 0, []).append(layer)
+    for r, chosen in by_rank.items():
+        size = max(1, BYTES // (2 * 4 * max(1, (clients + 1) * r) ** 2))
+        for first in range(0, len(chosen), size):
+            yield chosen[first : first + size]
 
 
 class Point:

@@ -52,7 +52,7 @@ def test_lam_of_layers_of_several_ranks(monkeypatch):
     shapes = [(9, 14, 4), (31, 8, 2), (12, 10, 4), (7, 9, 4)]
     inputs = planted(3, shapes, torch.float64, noise=3.0, seed=4)
     weights = torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
-    monkeypatch.setattr(rspace.averages, "BYTES", 5000)  # two layers of rank 4
+    monkeypatch.setattr(rspace.blocks, "BYTES", 5000)  # two layers of rank 4
     found = {}
     for lam in (*rspace.AUTO, 0.3):
         A, B, found[lam] = rspace.aggregate_with_lam(*inputs, weights, align="joint", lam=lam)

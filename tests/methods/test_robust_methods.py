@@ -311,3 +311,20 @@ def test_krum_ties_go_to_the_lower_number():
         closest = squares.clone().fill_diagonal_(torch.inf).argmin()
         pair = sorted(divmod(int(closest), 4))
         assert krum(squares, 1)[:2] == pair
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("size", [1e25, 3e38])
+def test_the_largest_numbers_there_are_do_not_end_the_round(rule, size):
+    """Finite values whose squares, or whose products with a reference, are not."""
+    reference, uploads = federation()
+    honest = {m: sum(u.B[m] @ u.A[m] for u in uploads[:7]) / 7 for m in reference.A}
+    for upload in uploads[7:]:
+        for t in (*upload.A.values(), *upload.B.values()):
+            t.sign_().mul_(size)
+    assert distance(RULES[rule].aggregate(uploads, reference), honest) < 0.15
+
+
+def test_huge_clients_are_left_alone_where_they_are_half():
+    uploads = [scalar(1e20), scalar(2e20), scalar(3.0)]
+    assert Robust("median").aggregate(uploads, REFERENCE).B["m"].item() == pytest.approx(1e20)

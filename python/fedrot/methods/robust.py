@@ -108,6 +108,7 @@ class Robust(Method):
         values = checked_weights(uploads, reference, weights)  # checks the layers, too
         device = next(iter(reference.A.values())).device
         uploads, w = self._voters(uploads, torch.tensor(values, dtype=torch.float64))
+        uploads = within_range(uploads)
         w = w.to(device)
         if self.rule in ("krum", "multi-krum"):
             best = self._best(product_distances(uploads, reference))
@@ -207,6 +208,33 @@ class Robust(Method):
         return Factors(A, B)
 
 
+HUGE = 2.0**50  # float32 has squares of this, and sums of them
+
+
+def within_range(uploads: Sequence[Factors]) -> Sequence[Factors]:
+    """The clients, those with values beyond ``HUGE`` scaled down to it as a whole.
+
+    One that sends the largest number there is shall be an outlier as any other, and not end the
+    round by an overflow: it is still far off, in the same direction. Where half of the clients are
+    so large, they are not outliers, and stay as they are.
+    """
+    sizes = [
+        float(torch.stack([t.abs().amax().double() for t in (*u.A.values(), *u.B.values())]).amax())
+        for u in uploads
+    ]
+    huge = [HUGE < size < float("inf") for size in sizes]
+    if not 0 < 2 * sum(huge) < len(uploads):
+        return uploads
+
+    def scaled(factors: Mapping[str, Tensor], size: float) -> dict[str, Tensor]:
+        return {module: (t * (HUGE / size)).to(t.dtype) for module, t in factors.items()}
+
+    return [
+        Factors(scaled(u.A, size), scaled(u.B, size)) if large else u
+        for u, size, large in zip(uploads, sizes, huge, strict=True)
+    ]
+
+
 def trimmed_mean(values: Tensor, cut: int) -> Tensor:
     """Mean over the first dimension without the ``cut`` largest and smallest; with
     ``cut = (N - 1) // 2`` the median, between two middle values their mean."""
@@ -238,16 +266,9 @@ def product_distances(uploads: Sequence[Factors], reference: Factors) -> Tensor:
     ``d x k`` matrix is formed."""
     clients = len(uploads)
     inner = torch.zeros(clients, clients, dtype=torch.float64)
-    for rank in {A.shape[0] for A in reference.A.values()}:  # Gram blocks are of layers of one rank
-        modules = [module for module, A in reference.A.items() if A.shape[0] == rank]
-        *parts, ref = (
-            Factors({m: f.A[m] for m in modules}, {m: f.B[m] for m in modules})
-            for f in (*uploads, reference)
-        )
-        gram_A, gram_B = torch.ops.fedrot.gram(*arguments(parts, ref))
-        size = clients * rank  # what follows is the reference
-        products = (gram_A.double() * gram_B.double())[:, :size, :size].sum(0)
-        inner += products.view(clients, rank, clients, rank).sum((1, 3)).cpu()
+    for _, _, blocks in rspace.batches(*arguments(uploads, reference)):
+        products = (blocks.A.double() * blocks.B.double()).sum(0)
+        inner += products.view(clients, len(products) // clients, clients, -1).sum((1, 3)).cpu()
     inner = (inner + inner.T) / 2  # a tie must not be decided by rounding
     norms = inner.diagonal()
     return (norms[:, None] + norms - 2 * inner).clamp_min(0)
