@@ -99,13 +99,14 @@ def optimal(
 
     Riemannian gradient descent with the polar factor as retraction and the step lengths of
     Barzilai and Borwein (IMA J. Numer. Anal. 1988), shortened until the error falls: it falls in
-    every step, so the result is never worse than ``start``, by default :func:`gpa`. Leaves a layer
-    when its squared error falls by less than ``tolerance`` of itself. Turned to the reference as a
+    every step, so the result is never worse than ``start``, by default in each layer the best of
+    :func:`gpa`, the alignment to the reference (:func:`procrustes`) and none. Leaves a layer when
+    its squared error falls by less than ``tolerance`` of itself. Turned to the reference as a
     whole, as in :func:`gpa`.
     """
     given = blocks
     blocks = given.of_size_one()
-    at = Point(blocks, gpa(given, proper=proper) if start is None else start)
+    at = _best_start(given, blocks, proper) if start is None else Point(blocks, start)
     norm, slope = blocks.norm_square(), at.slope()
     step = at.first_step()
     active = torch.ones_like(step, dtype=torch.bool)
@@ -126,6 +127,18 @@ def optimal(
         active = active & (at.excess - new.excess > least + tolerance * (norm + at.excess))
         at, slope = new, new_slope
     return to_reference(given, at.R, proper=proper)
+
+
+def _best_start(given: Blocks, blocks: Blocks, proper: bool) -> Point:
+    """Of rotations by ``given``, those of least error by ``blocks``, which are of size one."""
+    starts = [gpa(given, proper=proper), procrustes(given, proper=proper)]
+    starts.append(torch.eye(given.shape[2], dtype=starts[0].dtype, device=starts[0].device))
+    errors = [Point(blocks, R.expand_as(starts[0])).excess for R in starts]
+    best = torch.stack(errors).argmin(0)
+    found = starts[0]
+    for number, R in enumerate(starts[1:], 1):
+        found = torch.where(_each(best == number), R, found)
+    return Point(blocks, found)
 
 
 def _descend(

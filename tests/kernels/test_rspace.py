@@ -113,6 +113,15 @@ def test_no_step_is_worse_and_no_rule_than_the_one_before(problem, proper):
     assert bool((last >= blocks.bound_square() - 1e-11 * scale).all())
 
 
+def test_optimal_is_never_above_joint_nor_none():
+    """From gpa alone, 6 of these layers end above one of them, their squared error by up to .1."""
+    blocks = Blocks.of(*strangers(3, [(12, 10, 2)] * 150, seed=2))
+    error = blocks.error_square(rspace.optimal(blocks))
+    eye = torch.eye(2, dtype=torch.float64).expand_as(blocks.ref_A)
+    for other in (rspace.procrustes(blocks), rspace.gpa(blocks), eye):
+        assert bool((error <= blocks.error_square(other) * (1 + 1e-12)).all())
+
+
 @given(problems(), st.sampled_from(rspace.ALIGN), st.booleans())
 def test_results_are_rotations_in_the_basis_of_the_reference(problem, align, proper):
     inputs, weights = problem
