@@ -23,7 +23,8 @@ class Runner(Protocol):
         """Fill the outputs from the current values of everything else."""
 
     def rebind(self) -> None:
-        """The clients' factors now lie in other ``flat.buffers``."""
+        """The clients' factors now lie in other ``flat.buffers``; where that cannot be, raise
+        ValueError and change nothing."""
 
 
 @dataclass
@@ -186,7 +187,9 @@ class Plan:
 
         Raises:
             ValueError, TypeError: there are not ``N`` of them, or one is not as :meth:`flat`
-                wants it, of another device or dtype, or overlaps an output.
+                wants it, of another device or dtype, or overlaps an output; with Triton also,
+                one begins at a less round address than those that the plan was made with. The
+                plan then stays with the buffers that it had.
         """
         if self._flat is None:
             raise ValueError("only a plan made by Plan.flat can be bound to other buffers")
@@ -201,8 +204,12 @@ class Plan:
             at = bisect.bisect_left(spans, (end, 0)) - 1
             if at >= 0 and spans[at][1] > begin:
                 raise ValueError(f"buffers[{client}] must not overlap an output")
-        flat.buffers = [buffer.detach() for buffer in buffers]
-        self._runner.rebind()
+        kept, flat.buffers = flat.buffers, [buffer.detach() for buffer in buffers]
+        try:
+            self._runner.rebind()
+        except ValueError:
+            flat.buffers = kept
+            raise
 
     def _prepare(self, factors, weights, lam, align, proper, out, flat) -> None:
         lora_A, lora_B, ref_A, ref_B = given = [list(tensors) for tensors in factors]
@@ -322,6 +329,8 @@ def _check_memory(name: str, where: str, t: Tensor) -> None:
 
 def _check_buffer(buffer: Tensor, client: int, size: int, like: Tensor) -> None:
     name = f"buffers[{client}]"
+    if not isinstance(buffer, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(buffer).__name__}")
     if buffer.dtype != like.dtype:
         raise TypeError(f"{name} must be {like.dtype}, got {buffer.dtype}")
     if buffer.device != like.device:

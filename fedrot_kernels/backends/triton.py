@@ -170,7 +170,7 @@ class Launches:
     def __init__(
         self, layout: Layout, lam: float, proper: bool, average: bool, flat: Flat | None
     ) -> None:
-        self._layout, self._flat = layout, flat
+        self._layout = layout
         s = layout.sections
         unit_layers = layout.host.numpy()[s.covariance_units : s.apply_units : 5]
         self._groups = [
@@ -209,9 +209,16 @@ class Launches:
         self._apply = _averages(layout)
         self._vectors = _vectors(layout, flat)
 
-    def rebind(self) -> None:
+    def rebind(self, flat: Flat) -> None:
+        """The launches stay what they are, also those that a graph has captured."""
+        size = max(self._vectors.values()) * self._layout.client_dtype.itemsize
+        for client, buffer in enumerate(flat.buffers):
+            if buffer.data_ptr() % size:
+                raise ValueError(
+                    f"buffers[{client}] must begin at a multiple of {size} bytes, as those that "
+                    "the plan was made with do"
+                )
         self._layout.rebind()
-        self._vectors = _vectors(self._layout, self._flat)
 
     def __call__(self) -> None:
         layout, clients = self._layout, self._layout.clients
@@ -246,13 +253,14 @@ class Runner:
         flat: Flat | None = None,
     ) -> None:
         layout = Layout(factors, weights, lam, align, out=(A, B), flat=flat)
-        self._launches = Launches(layout, lam, proper, True, flat)
+        self._launches, self._flat = Launches(layout, lam, proper, True, flat), flat
 
     def run(self) -> None:
         self._launches()
 
     def rebind(self) -> None:
-        self._launches.rebind()
+        assert self._flat is not None  # Plan sees to it
+        self._launches.rebind(self._flat)
 
 
 def plan(factors, weights, A, B, lam, align, proper, flat=None) -> AnyRunner:

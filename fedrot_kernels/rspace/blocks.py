@@ -163,10 +163,12 @@ def batches(
         if len(layers) < total:
             factors = [[t[i + n] for i in range(0, len(t), total) for n in layers] for t in factors]
         try:
-            blocks = Blocks.of(*factors, weights)
+            A, B, of_A, of_B = factors
+            blocks = Blocks.of(A, B, of_A, of_B, weights)
         except ValueError as error:
-            message = re.sub(r"layer (\d+)", lambda at: f"layer {layers[int(at[1])]}", str(error))
-            raise ValueError(message) from error
+            words = re.split(r"(?<=layer )(\d+)", str(error))
+            words[1::2] = [str(layers[int(number)]) for number in words[1::2]]
+            raise ValueError("".join(words)) from error
         yield Batch(layers, factors, blocks)
 
 

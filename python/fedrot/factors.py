@@ -24,6 +24,10 @@ class Factors:
     def __post_init__(self) -> None:
         if list(self.A) != list(self.B):
             raise ValueError(f"A and B must name the same layers: {list(self.A)}, {list(self.B)}")
+        for side, factors in (("A", self.A), ("B", self.B)):
+            for module, t in factors.items():
+                if not isinstance(t, Tensor):
+                    raise TypeError(f"{side}[{module!r}] must be a tensor, got {type(t).__name__}")
 
 
 def check_factors(value: object, name: str) -> Factors:

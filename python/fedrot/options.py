@@ -41,15 +41,43 @@ def option(
 
 def read_yaml(path: Path) -> Tree:
     """A YAML file of options, nested or with dotted keys."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise FedrotError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    content = load_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise FedrotError(f"{path}: must hold keys and values, got {type(content).__name__}")
-    return merge(*(nested(str(key), value) for key, value in content.items()))
+    trees = [nested(str(key), value) for key, value in content.items()]
+    seen: set[str] = set()
+    for key in (key for tree in trees for key in flatten(tree)):
+        if key in seen:
+            raise FedrotError(f"{path}: {key} stands there twice")
+        seen.add(key)
+    return merge(*trees)
+
+
+def load_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        FedrotError: it is not valid, or a key stands there twice, of which YAML takes the last.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise FedrotError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else key
+            if name in seen:
+                raise yaml.MarkedYAMLError(
+                    None, None, f"{key.value} stands there twice", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def parse_overrides(overrides: Iterable[str]) -> Tree:

@@ -1,5 +1,6 @@
 """`fedrot.aggregate` on models and state dicts: the same values as on folders, put back by PEFT."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -206,10 +207,15 @@ def test_misalignment_and_origin(tools, tmp_path):
     merged = fedrot.aggregate([folder, tools.adapted(2)], weights=[1, 3], method=FedRot(0.5))
     summary = merged.misalignment.summary()
     assert 0 < summary["relative_aligned"] < 1
+    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+    tools.saved(tools.adapted(5), folder)  # what was merged is not there any more
     merged.save(tmp_path / "m")
     origin = json.loads((tmp_path / "m" / "fedrot_provenance.json").read_text())
     assert origin["measured"] == summary
-    assert origin["clients"][0]["path"] == str(folder) and "sha256" in origin["clients"][0]
+    assert origin["clients"][0]["path"] == str(folder)
+    recorded = origin["clients"][0]["sha256"]
+    assert set(recorded) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert recorded.items() <= files.items()
     assert origin["clients"][1] == {"given as": "adapters[1] ('default')", "weight": 0.75}
     assert origin["method"]["lam"] == 0.5
     with pytest.raises(FedrotError, match="exists"):

@@ -120,6 +120,27 @@ def test_bad_file_is_named(tmp_path, text):
         read_yaml(file)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "rounds: 3\nlocal: {lr: 1}\nrounds: 4\n",
+            r"rounds stands there twice .* line 3, column 1",
+        ),
+        ("local:\n  lr: 1\n  lr: 2\n", r"lr stands there twice .* line 3"),
+        ("local: {lr: 1, steps: 2}\nlocal.lr: 2\n", "local.lr stands there twice"),
+    ],
+)
+def test_a_key_that_stands_twice(tmp_path, text, message):
+    """YAML itself takes the last."""
+    file = tmp_path / "twice.yaml"
+    file.write_text(text)
+    with pytest.raises(FedrotError, match=f"twice.yaml.*{message}"):
+        read_yaml(file)
+    file.write_text("local: {lr: 1}\nlocal.steps: 2\n")
+    assert read_yaml(file) == {"local": {"lr": 1, "steps": 2}}
+
+
 def test_trees():
     tree = merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}, "d": 4})
     assert tree == {"a": {"b": 3, "c": 2}, "d": 4}

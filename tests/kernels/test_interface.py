@@ -282,7 +282,9 @@ def test_overflow_names_the_layer():
     lora_A, lora_B = [small, small, big] * 2, [small.T, small.T, big.T] * 2
     factors = (lora_A, lora_B, lora_A[:3], lora_B[:3])
     for call in (op.align_aggregate, op.align, op.gram, lambda *given: Plan(*given)()):
-        with pytest.raises(ValueError, match=r"overflows its dtype.*\(layer 2; the largest .* is 0\)"):
+        with pytest.raises(
+            ValueError, match=r"overflows its dtype.*\(layer 2; the largest .* is 0\)"
+        ):
             call(*factors)
     half = [t.half() for t in lora_A[:2]], [t.half() for t in lora_B[:2]]
     lora_A[3] = torch.full((1, 4), 1e6)  # client 1, layer 0: float16 does not hold it

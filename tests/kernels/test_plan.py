@@ -284,6 +284,8 @@ BAD_BUFFERS = {
     r"buffers\[1\] must be torch.float32, got torch.float64": lambda b: [b[0], b[1].double(), b[2]],
     r"buffers\[2\] must be contiguous, 1-D and hold 170 elements": lambda b: [*b[:2], b[2][1:]],
     r"buffers\[0\] must be contiguous, 1-D": lambda b: [torch.ones(400)[::2], *b[1:]],
+    r"buffers\[1\] must be a tensor, got ndarray": lambda b: [b[0], b[1].numpy(), b[2]],
+    r"buffers\[0\] must be a tensor, got list": lambda b: [b[0].tolist(), *b[1:]],
     r"buffers\[1\] must be on cpu, got meta": lambda b: [b[0], b[1].to("meta"), b[2]],
 }
 
@@ -295,6 +297,25 @@ def test_bad_buffers(message):
     with pytest.raises((ValueError, TypeError), match=message):
         plan.rebind(BAD_BUFFERS[message](buffers))
     assert_equal(plan(), op.align_aggregate(*inputs))
+    if "got 2" not in message:
+        with pytest.raises((ValueError, TypeError)):
+            Plan.flat(BAD_BUFFERS[message](buffers), inputs.ref_A, inputs.ref_B)
+
+
+def test_a_refused_rebind_changes_nothing(monkeypatch):
+    inputs, buffers = flat_problem(0)
+    plan = Plan.flat(buffers, inputs.ref_A, inputs.ref_B)
+
+    def refuse():
+        raise ValueError("as Triton's may")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="as Triton's may"):
+        patch.setattr(plan._runner, "rebind", refuse)
+        plan.rebind(flat_problem(1)[1])
+    assert_equal(plan(), op.align_aggregate(*inputs))
+    with pytest.raises(ValueError, match="non-finite value for client 0, layer 0"):  # names views
+        buffers[0].fill_(torch.nan)
+        plan()
 
 
 def test_buffers_overlap_no_output():

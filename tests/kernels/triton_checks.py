@@ -144,13 +144,38 @@ def flat_buffers(backend):
     refs = (inputs.ref_A, inputs.ref_B)
     flat = Flat([torch.zeros(96) for _ in range(2)], offsets, shapes)
     runner = backend.Runner((*flat.factors(), *refs), None, *out, 0.4, "joint", True, flat)
-    for shift in (0, 1, 3):  # the last are less aligned than what the call was prepared with
-        flat.buffers = [torch.full((100,), torch.nan)[shift:][:96] for _ in range(2)]
+    for shift in (0, 8):
+        flat.buffers = [torch.full((104,), torch.nan)[shift:][:96] for _ in range(2)]
         runner.rebind()
         for side, given in zip(flat.factors(), inputs, strict=False):
             for view, t in zip(side, given, strict=True):
                 view.copy_(t)
         runner.run()
+        for side, wanted in zip(out, reference.align_aggregate(*inputs), strict=True):
+            assert_close(side, wanted, OUTPUT_TOLERANCE[F32])
+
+
+def buffers_at_less_round_addresses(backend):
+    """Refused: launches that a graph has captured read several numbers at a time."""
+    inputs = planted(2, [(9, 16, 2)])
+    out = [torch.empty(2, 16)], [torch.empty(9, 2)]
+    even = [
+        torch.cat([A.flatten(), B.flatten()])
+        for A, B in zip(inputs.lora_A, inputs.lora_B, strict=True)
+    ]
+    odd = [torch.cat([torch.zeros(1), buffer])[1:] for buffer in even]
+    for first, other in ((even, [even[0], odd[1]]), (odd, even)):
+        flat = Flat(first, [(0, 32)], [(9, 16, 2)])
+        given = (*flat.factors(), inputs.ref_A, inputs.ref_B)
+        runner = backend.Runner(given, None, *out, 0.4, "joint", True, flat)
+        flat.buffers = other
+        try:
+            runner.rebind()
+        except ValueError as error:
+            assert first is even and "buffers[1] must begin at a multiple of 32" in str(error)
+        else:
+            assert first is odd
+        runner.run()  # on those of before where it was refused
         for side, wanted in zip(out, reference.align_aggregate(*inputs), strict=True):
             assert_close(side, wanted, OUTPUT_TOLERANCE[F32])
 
@@ -282,6 +307,7 @@ CHECKS = {
             weights,
             many_clients,
             flat_buffers,
+            buffers_at_less_round_addresses,
             half_turn,
             null_spaces_that_do_not_meet,
             combine_is_the_average_of_align_aggregate,

@@ -7,7 +7,7 @@ LoRA.
 """
 
 from fedrot.adapters.adapter import Adapter
-from fedrot.adapters.folder import check_output, digests, read_adapter, write_adapter
+from fedrot.adapters.folder import check_output, read_adapter, write_adapter
 from fedrot.adapters.measure import Misalignment, measure
 from fedrot.adapters.merge import Merged, aggregate, merge
 from fedrot.adapters.sources import check_distinct, read
@@ -25,7 +25,6 @@ __all__ = [
     "aggregate",
     "check_distinct",
     "check_output",
-    "digests",
     "gather",
     "measure",
     "measure_spectrum",

@@ -25,6 +25,7 @@ class Adapter:
     keys: StateKeys
     path: Path | None = None  # its folder, if it was read from one
     kind: Kind | None = None  # None: LoRA
+    sha256: dict[str, str] | None = None  # of its files when they were read
 
 
 def checked(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def read_adapter(path: Path) -> Adapter:
         raise FedrotError(f"{path}: no such folder")
     config = _read_config(path)
     kind_of(config, str(path))  # checks it, before its weights are read
-    return checked(str(path), config, _read_weights(path), path=path)
+    adapter = checked(str(path), config, _read_weights(path), path=path)
+    return replace(adapter, sha256=_digests(path))
 
 
 def check_output(output: Path, inputs: Iterable[Path], force: bool) -> None:
@@ -65,7 +67,7 @@ def write_adapter(
         (fresh / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
 
 
-def digests(path: Path) -> dict[str, str]:
+def _digests(path: Path) -> dict[str, str]:
     """SHA-256 of the two files of an adapter folder, by file name."""
     return {
         name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in (CONFIG, WEIGHTS)

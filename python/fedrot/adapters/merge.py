@@ -18,7 +18,7 @@ from fedrot import __version__
 from fedrot.adapters import kinds
 from fedrot.adapters.adapter import Adapter
 from fedrot.adapters.config import Config, base_change
-from fedrot.adapters.folder import check_output, digests, write_adapter
+from fedrot.adapters.folder import check_output, write_adapter
 from fedrot.adapters.kinds.prompts import KEY as PROMPT
 from fedrot.adapters.measure import Misalignment, measure
 from fedrot.adapters.sources import check_distinct, read
@@ -274,4 +274,4 @@ def merge(uploads: Uploads, method: Method) -> Merged:
 def _origin(adapter: Adapter) -> dict[str, Any]:
     if adapter.path is None:
         return {"given as": adapter.source}
-    return {"path": str(adapter.path), "sha256": digests(adapter.path)}
+    return {"path": str(adapter.path), "sha256": adapter.sha256}

@@ -23,7 +23,7 @@ def parse_weights(value: str | None, clients: Sequence[Path]) -> list[float] | N
 
 def _from_json(file: Path, clients: Sequence[Path]) -> list[float]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError as error:
         raise FedrotError(f"--weights {file}: no such file") from error
     except ValueError as error:
@@ -33,6 +33,16 @@ def _from_json(file: Path, clients: Sequence[Path]) -> list[float]:
     if not isinstance(content, dict):
         raise FedrotError(f"--weights {file}: must hold a list or an object")
     return _by_name(content, file, [client.name or client.resolve().name for client in clients])
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these, in which no name stands twice: JSON would take the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands there twice")
+    return content
 
 
 def _by_name(content: dict[str, Any], file: Path, names: list[str]) -> list[float]:

@@ -29,11 +29,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fedrot.config import Config
 from fedrot.errors import FedrotError
-from fedrot.options import Tree, flatten, merge, nested
+from fedrot.options import Tree, flatten, load_yaml, merge, nested
 from fedrot.simulation.comparison import Variant, configure, has_option, parse_variant
 
 TUNE_SEED = 10_000  # seeds of the tuning runs begin here, apart from those of the results
@@ -360,10 +358,7 @@ def _check_runs(experiment: Experiment) -> None:
 
 
 def _content(path: Path) -> Tree:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise FedrotError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    content = load_yaml(path)
     if not isinstance(content, dict):
         raise FedrotError(f"{path}: must hold keys and values")
     return _text_keys(content)
