@@ -50,7 +50,7 @@ def test_bad_values(tmp_path):
     with pytest.raises(FedrotError, match="not valid JSON"):
         parse_weights(str(tmp_path / "bad.json"), CLIENTS)
     (tmp_path / "twice.json").write_text('{"a": 1, "b": 2, "a": 3}')
-    with pytest.raises(FedrotError, match="twice.json: not valid JSON .'a' stands there twice"):
+    with pytest.raises(FedrotError, match=r"twice\.json: not valid JSON .'a' stands there twice"):
         parse_weights(str(tmp_path / "twice.json"), CLIENTS)
     (tmp_path / "ok.json").write_text('{"a": 1}')
     with pytest.raises(FedrotError, match="two adapters are called 'a'"):
