@@ -264,7 +264,7 @@ def test_a_number_is_the_rank_of_a_truncation_and_pads_for_a_rotation(tools):
             got, (U[:, :3] * S[:3]) @ Vh[:3], rtol=0, atol=1e-5 * float(S[0])
         )
     assert merged.spectrum is None
-    with pytest.raises(FedrotError, match="rank 3 is below the rank of the reference, 5"):
+    with pytest.raises(FedrotError, match="rank must be at least 5, that of the reference, got 3"):
         fedrot.aggregate([large, small], rank=3)
 
 

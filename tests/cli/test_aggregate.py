@@ -137,7 +137,7 @@ def test_rank_lets_a_larger_client_in(clients, tmp_path):
     big = write(tmp_path / "big", 3, r=3)
     out = tmp_path / "merged"
     code, _, stderr = fedrot("aggregate", clients[0], big, "-o", out)
-    assert code == 1 and "--rank 3 pads the reference" in stderr and not out.exists()
+    assert code == 1 and "(--rank 3) pads the reference" in stderr and not out.exists()
     assert fedrot("aggregate", clients[0], big, "-o", out, "--rank", 3)[0] == 0
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (3, 6)  # the scaling stays 4 / 2
@@ -163,7 +163,10 @@ def test_other_base_model_is_said_on_stderr(clients, tmp_path):
         (["a", "b", "-o", "out", "--lam", "half"], "lam must be a number or auto, got 'half'"),
         (["a", "b", "-o", "out", "--rank", "0"], "--rank must be at least 1, got 0"),
         (["a", "b", "-o", "out", "--rank", "1000000"], "--rank must be at most 5, the full rank"),
-        (["a", "b", "-o", "out", "--rank", "1"], "--rank 1 is below the rank of the reference, 2"),
+        (
+            ["a", "b", "-o", "out", "--rank", "1"],
+            "--rank must be at least 2, that of the reference, got 1",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(clients, tmp_path, monkeypatch, args, message):
@@ -258,6 +261,21 @@ def test_a_robust_rule_leaves_out_the_bad_one(tmp_path):
         torch.testing.assert_close(product, read(good)[KEY_B] @ read(good)[KEY_A])
     made = json.loads((out / "fedrot_provenance.json").read_text())["method"]
     assert made["rule"] == "multi-krum" and made["proper"] is False
+    # The change of the bad one is cut to the length asked for; the others do not change.
+    moved = (read(folders[-1])[KEY_B] - read(good)[KEY_B]).norm()
+    code, _, stderr = fedrot(*args, "--rule", "clip", "--bound", 0.01 * float(moved), "--force")
+    assert (code, stderr) == (0, "")
+    change = (read(out)[KEY_B] - read(good)[KEY_B]).norm()
+    assert 0 < change <= 0.01 * moved / 5 * 1.001
+    weights = ("--weights", "1,2,1,1,0", "--force")
+    _, _, stderr = fedrot(*args, "--rule", "median", *weights)
+    assert stderr == "note: --rule median gives one vote to every adapter of a weight above 0\n"
+    assert fedrot(*args, "--rule", "clip", *weights)[2] == ""
+    assert fedrot(*args, "--rule", "median", "--weights", "1,1,1,1,0", "--force")[2] == ""
+    code, _, stderr = fedrot(*args, "--rule", "median", "--bound", 2, "--force")
+    assert code == 1 and "--bound 2 is for --rule clip, got --rule median" in stderr
+    code, _, stderr = fedrot(*args, "--rule", "clip", "--bound", -1, "--force")
+    assert code == 1 and "--bound must be finite and not negative, got -1.0" in stderr
     code, _, stderr = fedrot(*args, "--rule", "trimmed", "--attackers", 3, "--force")
     assert code == 1 and "needs at least 7 clients, got 5" in stderr
     code, _, stderr = fedrot(*args, "--rule", "median", "--lam", "auto", "--force")

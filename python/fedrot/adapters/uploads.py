@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fedrot.adapters.adapter import Adapter
 from fedrot.adapters.config import MUST_AGREE, Config, base_change, with_ranks
 from fedrot.adapters.layers import Layer
 from fedrot.errors import FedrotError
-from fedrot.factors import Factors
+from fedrot.factors import Factors, resized
 from fedrot.methods import Method
 
 DORA_NOTE = (
@@ -41,10 +40,7 @@ class Uploads:
     def like(self) -> Factors:
         """The reference in the ranks of the result, padded or cut: what a method gets."""
         ranks = {p: n.rank for n in self.target.keys.layers.values() for p in n.pairs}
-        return Factors(
-            {p: pad(A, (0, 0, 0, ranks[p] - A.shape[0])) for p, A in self.reference.A.items()},
-            {p: pad(B, (0, ranks[p] - B.shape[1])) for p, B in self.reference.B.items()},
-        )
+        return resized(self.reference, ranks)
 
     @property
     def scalings(self) -> dict[str, float]:
@@ -139,19 +135,19 @@ def _ranks(
     ranks = {name: layer.rank for name, layer in reference.keys.layers.items()}
     given = list(rank.values()) if isinstance(rank, Mapping) else [] if rank is None else [rank]
     if given and min(given) < 1:
-        raise FedrotError(f"--rank must be at least 1, got {min(given)}")
+        raise FedrotError(f"rank must be at least 1, got {min(given)}")
     full = (_full_rank(layer, reference) for layer in reference.keys.layers.values())
     if given and max(given) > (most := max([largest, *ranks.values(), *full])):
         raise FedrotError(
-            f"--rank must be at most {most}, the full rank of the largest layer (or the largest "
+            f"rank must be at most {most}, the full rank of the largest layer (or the largest "
             f"rank there is), got {max(given)}"
         )
     if isinstance(rank, Mapping):
         return {**ranks, **rank}
     if rank is not None and ranks and rank < min(ranks.values()):
         raise FedrotError(
-            f"--rank {rank} is below the rank of the reference, {min(ranks.values())}, and padding "
-            "only raises it; FlexLoRA (--rule exact) can lower it"
+            f"rank must be at least {min(ranks.values())}, that of the reference, got {rank}: "
+            "padding only raises it; FlexLoRA (--rule exact) can lower it"
         )
     return {name: max(own, rank or 0) for name, own in ranks.items()}
 
@@ -224,7 +220,7 @@ def _check_shapes(adapter: Adapter, target: Adapter, largest: int) -> None:
         if layer.rank > wanted.rank:
             raise FedrotError(
                 f"{adapter.source}: layer {name!r} has rank {layer.rank}, the reference only "
-                f"{wanted.rank}; --rank {largest} pads the reference first"
+                f"{wanted.rank}; rank={largest} (--rank {largest}) pads the reference first"
             )
         if layer.experts != wanted.experts:
             raise FedrotError(

@@ -153,6 +153,14 @@ def aggregate(
             show_default=False,
         ),
     ] = None,
+    bound: Annotated[
+        float | None,
+        typer.Option(
+            help="For --rule clip: the longest change of the reference; their median length if "
+            "not given.",
+            show_default=False,
+        ),
+    ] = None,
     rank: Annotated[
         str | None,
         typer.Option(
@@ -168,7 +176,7 @@ def aggregate(
     """Align adapters to a reference and average them into one PEFT folder."""
     from fedrot import adapters
     from fedrot.methods import FedRot, FlexLoRA, Robust
-    from fedrot.methods.robust import WITHSTANDS
+    from fedrot.methods.robust import ONE_VOTE, WITHSTANDS
 
     wanted = read_rank(rank)
     if wanted == "auto" and rule not in (None, Rule.exact):
@@ -182,6 +190,8 @@ def aggregate(
             f"--attackers {attackers} is for --rule {', '.join(WITHSTANDS)}; "
             f"--rule {rule.value} has no such number"
         )
+    if bound is not None and rule is not Rule.clip:
+        raise FedrotError(f"--bound {bound:g} is for --rule clip, got --rule {rule.value}")
     turn = read_lam(lam)
     _check_rotation(rotation, eps, turn, align, rule)
     method: FedRot | FlexLoRA | Robust
@@ -199,7 +209,7 @@ def aggregate(
             options["lam"] = turn
         method = FedRot(**{key: value for key, value in options.items() if value is not None})
     else:
-        method = Robust(rule.value, attackers, lam=turn, align=align.value, proper=bool(proper))
+        method = Robust(rule.value, attackers, bound or 0.0, turn, align.value, bool(proper))
     adapters.check_distinct(clients)
     adapters.check_output(output, [*clients, *([reference] if reference else [])], force)
     parsed = adapters.parse_weights(weights, clients)
@@ -208,7 +218,10 @@ def aggregate(
     )
     merged.save(output, force=force)
 
-    for note in merged.notes:
+    notes = [*merged.notes]
+    if parsed and rule.value in ONE_VOTE and len({weight for weight in parsed if weight}) > 1:
+        notes.append(f"--rule {rule.value} gives one vote to every adapter of a weight above 0")
+    for note in notes:
         typer.echo(f"note: {note}", err=True)
     if not quiet:
         _report(merged, method, output, reference is None)

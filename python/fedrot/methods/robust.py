@@ -20,6 +20,7 @@ from fedrot_kernels import ALIGN_MODES, rspace
 
 T = TypeVar("T")
 WITHSTANDS = ("trimmed", "krum", "multi-krum")  # a number of bad clients
+ONE_VOTE = ("median", "trimmed", "krum")  # whatever a client's weight
 RULES = ("median", *WITHSTANDS, "clip")
 
 

@@ -95,7 +95,8 @@ class Kind(ABC):
         for option, value in options.items():
             if value is not None:
                 raise FedrotError(
-                    f"--{option} is for LoRA factors, not for {self.title}, got {value}"
+                    f"{option} must be left out for {self.title}, which has no LoRA factors, got "
+                    f"{value}"
                 )
 
     def check_method(self, method: Method) -> None:
@@ -103,32 +104,32 @@ class Kind(ABC):
         if isinstance(method, FedIT):
             return
         if not isinstance(method, FedRot) or method.rotation != "procrustes":
-            option = f"--rotation {method.rotation}" if isinstance(method, FedRot) else "--rule"
+            how = f", rotation {method.rotation}," if isinstance(method, FedRot) else ""
             raise FedrotError(
-                f"method: {method.name} ({option}) takes LoRA factors; {self.title} adapters are "
-                "merged by FedRot or FedIT (--rule mean, --rotation procrustes)"
+                f"method: {method.name}{how} takes LoRA factors; {self.title} adapters are merged "
+                "by FedRot or FedIT (--rule mean, --rotation procrustes)"
             )
         if self.rotates:
             if isinstance(method.lam, str) or method.align not in ("joint", "A", "B"):
                 raise FedrotError(
-                    f"{self.title} takes a number for --lam and joint, A or B for --align: the "
+                    f"{self.title} takes a number for lam and joint, A or B for align: the "
                     "others minimise the error of products B A, got "
                     f"lam {method.lam}, align {method.align}"
                 )
             return
         if method.lam not in (0, 1):
             raise FedrotError(
-                f"--lam must be 0 (plain average) or 1 (aligned) for {self.title}: it has no "
+                f"lam must be 0 (plain average) or 1 (aligned) for {self.title}: it has no "
                 f"rotation of which a part could be taken, got {method.lam}"
             )
         for option, value, default in (
-            ("--align", method.align, "joint"),
-            ("--proper" if method.proper else "--improper", method.proper, True),
+            ("align", method.align, "joint"),
+            ("proper", method.proper, True),
         ):
             if value != default:
                 raise FedrotError(
-                    f"{option} says how LoRA factors are rotated, and {self.title} has none to "
-                    f"rotate, got {value!r}"
+                    f"{option} must be left alone for {self.title}, which has no factors to rotate, "
+                    f"got {value!r}"
                 )
 
     def scale(self, config: Config, reference: Config, key: str) -> float:

@@ -53,7 +53,7 @@ class PromptTuning(Kind):
         moved = int((order != torch.arange(order.shape[-1])).sum())
         note = (
             f"{moved} of {order.numel()} virtual tokens changed places; where the model knows "
-            "positions that is another prompt, and --lam 0 leaves them in place"
+            "positions that is another prompt, and lam 0 leaves them in place"
         )
         return {KEY: out}, note if moved else ""
 
@@ -111,7 +111,7 @@ class PrefixTuning(Kind):
         note = (
             f"virtual tokens were put in another order in {int(moved.sum())} of {moved.numel()} "
             "heads: the same function, unless attention looks at the places of keys (T5's "
-            "relative positions, ALiBi, sliding windows); --lam 0 leaves them in place"
+            "relative positions, ALiBi, sliding windows); lam 0 leaves them in place"
         )
         return {KEY: out.permute(2, 0, 3, 1, 4).flatten(1)}, note if moved.any() else ""
 
