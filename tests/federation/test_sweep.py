@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from fedrot.cli import app
 from fedrot.errors import FedrotError
 from fedrot.options import flatten, merge, parse_overrides
-from fedrot.report.results import paired
 from fedrot.simulation.run_dir import RunDir
+from fedrot.statistics import paired
 from fedrot.sweep.experiment import TUNE_SEED, file_names, read_experiment
 from fedrot.sweep.runner import run_experiment
 

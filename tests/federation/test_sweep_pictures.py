@@ -7,12 +7,13 @@ import statistics
 import pytest
 import yaml
 
-from fedrot.report import plots, sweep_plots
-from fedrot.report.results import paired
-from fedrot.report.sweep_pages import write_results
+from fedrot.report import plots
 from fedrot.simulation.run_dir import RunDir
+from fedrot.statistics import paired
+from fedrot.sweep import plots as sweep_plots
 from fedrot.sweep.analysis import Results
 from fedrot.sweep.experiment import read_experiment
+from fedrot.sweep.pages import write_results
 from fedrot.sweep.runner import Outcome, Tuned
 
 BOTH = {"clients.alpha": [0.3, 10.0], "local.personal_head": [False, True]}

@@ -11,9 +11,9 @@ import psutil  # peft needs it
 import pytest
 from test_sweep import TINY, write
 
-from fedrot.report.sweep_pages import failures, tables
 from fedrot.sweep.analysis import Results
 from fedrot.sweep.experiment import read_experiment
+from fedrot.sweep.pages import failures, tables
 from fedrot.sweep.runner import run_experiment
 
 

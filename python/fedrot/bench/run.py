@@ -14,7 +14,7 @@ from fedrot.bench import baselines, machine, pictures, suites
 from fedrot.bench.cases import SHORT, Case, select, sweeps
 from fedrot.bench.floor import Limits
 from fedrot.files import new_file, write_json
-from fedrot.tasks.base import Track
+from fedrot.progress import Track
 from fedrot_kernels.checks import ALIGN_MODES, DTYPES
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fedrot.cli._progress import progress
 from fedrot.cli._run import user_errors
+from fedrot.progress import progress
 
 
 @user_errors

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedrot.cli._progress import progress
 from fedrot.cli._run import user_errors
+from fedrot.progress import progress
 
 if TYPE_CHECKING:
     from fedrot.sweep.analysis import Results
@@ -35,9 +35,9 @@ def sweep(
     """
     _look_for_tasks(experiment)  # before torch is imported, which takes seconds
 
-    from fedrot.report.sweep_pages import write_results
     from fedrot.sweep.analysis import Results
     from fedrot.sweep.experiment import read_experiment
+    from fedrot.sweep.pages import write_results
     from fedrot.sweep.runner import run_experiment
 
     changes: dict[str, Any] = {} if seeds is None else {"seeds": seeds}
@@ -81,7 +81,7 @@ def _print(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fedrot.report.sweep_pages import accuracies, failures
+    from fedrot.sweep.pages import accuracies, failures
 
     console = Console(markup=False, emoji=False)  # brackets in a value are brackets
     # Off a terminal rich would cut the tables at 80 columns.

@@ -12,7 +12,8 @@ import yaml
 from fedrot.config import SETTINGS, Config
 from fedrot.files import new_file, write_text
 from fedrot.report import html, plots
-from fedrot.report.results import Comparison, MeanStd, mean_std, paired
+from fedrot.results import MEANS, Comparison
+from fedrot.statistics import MeanStd, mean_std, paired
 
 Row = Mapping[str, Any]  # a line of metrics.jsonl
 
@@ -127,16 +128,6 @@ def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]
         means = [_mean(mean_std(group.values(key)), form) for key, _, form in shown]
         rows.append([group.label, group.method, accuracy, difference, *means])
     return header, rows
-
-
-MEANS = (
-    ("accuracy_averaged", "of the average", ".3f"),  # where clients keep a part
-    ("accuracy_local", "local", ".3f"),
-    ("aggregation_error", "error", ".3f"),
-    ("aggregation_error_plain", "plain", ".3f"),
-    ("rotation_angle", "angle", ".1f"),
-    ("rank", "rank", ".1f"),  # of methods that choose it
-)
 
 
 def _spread(values: MeanStd | None, form: str) -> str:

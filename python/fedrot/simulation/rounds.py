@@ -21,7 +21,7 @@ from fedrot.factors import Factors, padded, truncate
 from fedrot.files import new_file
 from fedrot.gauge import regauge
 from fedrot.methods import Server
-from fedrot.report.pages import write_run_report
+from fedrot.progress import Track, no_progress
 from fedrot.server import Upload, serve
 from fedrot.simulation import attacks, checkpoint, loggers
 from fedrot.simulation.adapter import (
@@ -43,7 +43,6 @@ from fedrot.simulation.participants import own_model, participants, start
 from fedrot.simulation.run_dir import Row, RunDir, open_run
 from fedrot.simulation.seeding import generator
 from fedrot.tasks import TaskData
-from fedrot.tasks.base import Track, no_progress
 from fedrot.tasks.partition import hold_out, split, split_test
 
 
@@ -158,6 +157,9 @@ def federate(
         summary = summarised(federation, rows)
         _save_model(federation, run, server)
         if report:
+            # Here, as matplotlib takes a second to import, which the runs of a sweep save.
+            from fedrot.report.pages import write_run_report
+
             write_run_report(run.path, config, summary, rows)
         run.finish(summary)
         return summary

@@ -17,10 +17,10 @@ from fedrot.config import Config
 from fedrot.errors import Diverged, Refused
 from fedrot.files import remove, write_json
 from fedrot.options import Tree
+from fedrot.progress import Track, no_progress
 from fedrot.simulation.comparison import Variant
 from fedrot.simulation.run_dir import RunDir, open_run
 from fedrot.sweep.experiment import TUNE_SEED, Cell, Experiment
-from fedrot.tasks.base import Track, no_progress
 
 Summary = dict[str, Any]
 

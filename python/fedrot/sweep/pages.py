@@ -8,10 +8,12 @@ from pathlib import Path
 
 import matplotlib
 
-from fedrot.bench.tables import markdown
 from fedrot.files import new_file, write_json, write_text
-from fedrot.report import html, plots, sweep_plots
-from fedrot.sweep.analysis import Difference, Results
+from fedrot.report import html, markdown
+from fedrot.report.plots import mean_curves
+from fedrot.statistics import Difference
+from fedrot.sweep import plots
+from fedrot.sweep.analysis import Results
 from fedrot.sweep.experiment import Cell, short_names
 
 Table = tuple[str, list[str], list[list[str]]]  # heading, header, rows
@@ -170,7 +172,7 @@ def _markdown(results: Results, pictures: Pictures) -> str:
         lines += [f"Claim: {experiment.claim}", ""]
     lines += [f"- {text}" for text in failures(results)]
     for heading, header, rows in tables(results):
-        lines += [f"## {heading}", "", markdown(header, rows)]
+        lines += [f"## {heading}", "", markdown.table(header, rows)]
     lines += [WORDS, ""]
     for name, (_, caption) in pictures.items():
         lines += [f"![{caption}]({name})", ""]
@@ -188,7 +190,7 @@ def _pictures(results: Results) -> Pictures:
         for label, cell in labels.items()
     }
     out["error-ratio.png"] = (
-        partial(sweep_plots.bars, ratios, "aggregation error / plain averaging", line=1.0),
+        partial(plots.bars, ratios, "aggregation error / plain averaging", line=1.0),
         "Aggregation error relative to plain averaging of the same uploads.",
     )
     for label, cell in labels.items():
@@ -196,7 +198,7 @@ def _pictures(results: Results) -> Pictures:
             curves = {m: c for m in methods if (c := results.curves(cell, m, key))}
             if curves and all(len(seed) > 2 for seeds in curves.values() for seed in seeds):
                 out[f"{begin}rounds-{cell.folder}.png"] = (
-                    partial(plots.mean_curves, curves, sweep_plots.shortened(label), words),
+                    partial(mean_curves, curves, plots.shortened(label), words),
                     f"{label}: {words} over rounds, mean and standard deviation over seeds.",
                 )
     return out
@@ -212,7 +214,7 @@ def _accuracy_pictures(results: Results, labels: dict[str, Cell], measure: Measu
         texts = results.experiment.texts(axis)
         lines = {m: [results.spread(cell, m, key) for cell in labels.values()] for m in methods}
         out[f"{begin}accuracy.png"] = (
-            partial(sweep_plots.over_axis, axis, texts, lines, words),
+            partial(plots.over_axis, axis, texts, lines, words),
             f"{words.capitalize()} along {axis}, mean and standard deviation over seeds.",
         )
     else:
@@ -221,7 +223,7 @@ def _accuracy_pictures(results: Results, labels: dict[str, Cell], measure: Measu
             for label, cell in labels.items()
         }
         out[f"{begin}accuracy.png"] = (
-            partial(sweep_plots.bars, panels, words),
+            partial(plots.bars, panels, words),
             f"{words.capitalize()}, mean and standard deviation over seeds.",
         )
     if len(methods) > 1 and results.experiment.seeds > 1:
@@ -230,7 +232,7 @@ def _accuracy_pictures(results: Results, labels: dict[str, Cell], measure: Measu
             for label, cell in labels.items()
         }
         out[f"{begin}differences.png"] = (
-            partial(sweep_plots.differences, found, f"{words}, difference to {methods[0]}"),
+            partial(plots.differences, found, f"{words}, difference to {methods[0]}"),
             f"{words.capitalize()}, difference to {methods[0]}, paired by seed, with 95 % "
             "intervals; grey where they hold 0.",
         )
