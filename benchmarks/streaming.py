@@ -23,7 +23,7 @@ from torch import Tensor
 from fedrot.bench import machine
 from fedrot.bench.cases import LLAMA_8B_QV, Case, factors
 from fedrot.factors import Factors
-from fedrot.files import new_file, write_json
+from fedrot.files import write_bytes, write_json
 from fedrot.progress import Track, no_progress, progress
 from fedrot.report.plots import COLORS, PLAIN, png_bytes, themed_figure
 from fedrot.streaming import StreamingAggregator, _Mean
@@ -282,8 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(options.output / "streaming.json", result)
-    with new_file(options.output / "streaming.png") as fresh:
-        fresh.write_bytes(draw(result))
+    write_bytes(options.output / "streaming.png", draw(result))
 
 
 if __name__ == "__main__":

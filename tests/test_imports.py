@@ -14,7 +14,7 @@ MAY = {  # the command line may import them all
     "adapters": {"methods"},
     "tasks": set(),
     "report": set(),
-    "simulation": {"methods", "tasks"},
+    "simulation": {"adapters", "methods", "tasks"},
     "sweep": {"simulation", "report"},
     "bench": {"report"},
     "flower": {"adapters", "methods"},

@@ -41,6 +41,15 @@ def mean_std(values: Sequence[float] | None) -> MeanStd | None:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
+def plus_minus(found: MeanStd | None, form: str) -> str:
+    """``mean ± std``, the mean alone of a single seed, a dash where there is nothing; a sign that
+    ``form`` asks for is that of the mean."""
+    if found is None:
+        return "-"
+    mean, std = found
+    return format(mean, form) + ("" if std is None else f" ± {std:{form.removeprefix('+')}}")
+
+
 def paired(differences: Sequence[float]) -> Difference | None:
     """Their mean and its interval; ``None`` for fewer than two."""
     n = len(differences)

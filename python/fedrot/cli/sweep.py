@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +34,7 @@ def sweep(
     """
     _look_for_tasks(experiment)  # before torch is imported, which takes seconds
 
+    from fedrot.bench.machine import cores
     from fedrot.sweep.analysis import Results
     from fedrot.sweep.experiment import read_experiment
     from fedrot.sweep.pages import write_results
@@ -44,9 +44,8 @@ def sweep(
     planned = read_experiment(experiment, changes)
     folder = output or Path("runs") / planned.name
     folder.mkdir(parents=True, exist_ok=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with progress(quiet) as track:
-        outcomes = run_experiment(planned, folder, workers or cores or 1, track, force=force)
+        outcomes = run_experiment(planned, folder, workers or cores(), track, force=force)
     results = Results(planned, outcomes)
     written = write_results(results, folder)
     if not quiet:

@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from fedrot.config import SETTINGS, Config
-from fedrot.files import new_file, write_text
+from fedrot.files import write_bytes, write_text
 from fedrot.report import html, plots
+from fedrot.report.html import Pictures
 from fedrot.results import MEANS, Comparison
-from fedrot.statistics import MeanStd, mean_std, paired
+from fedrot.statistics import MeanStd, mean_std, paired, plus_minus
 
 Row = Mapping[str, Any]  # a line of metrics.jsonl
 
@@ -32,7 +33,6 @@ COLUMNS = {
     "seconds_local": ("local, s", ".2f"),
     "seconds_aggregation": ("aggr., s", ".4f"),
 }
-RUN_COLUMNS = ["setting", "method", "seed", "accuracy", "folder"]
 WORDS = (
     "Error: aggregation error of the round's uploads, the Frobenius norm of (mean of B_i A_i) - "
     "B A over all layers; plain: the same uploads averaged factor by factor. Angle: mean "
@@ -123,19 +123,11 @@ def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]
     header = ["setting", "method", "accuracy", "difference", *(name for _, name, _ in shown)]
     rows = []
     for group in comparison.groups:
-        accuracy = _spread(mean_std(group.values("accuracy")), ".3f")
-        difference = _spread(mean_std(comparison.differences(group)), "+.3f").replace("± +", "± ")
+        accuracy = plus_minus(mean_std(group.values("accuracy")), ".3f")
+        difference = plus_minus(mean_std(comparison.differences(group)), "+.3f")
         means = [_mean(mean_std(group.values(key)), form) for key, _, form in shown]
         rows.append([group.label, group.method, accuracy, difference, *means])
     return header, rows
-
-
-def _spread(values: MeanStd | None, form: str) -> str:
-    """``mean ± std``, the mean alone of a single seed, a dash where there is nothing."""
-    if values is None:
-        return "-"
-    mean, std = values
-    return format(mean, form) if std is None else f"{mean:{form}} ± {std:{form}}"
 
 
 def findings(comparison: Comparison) -> list[str]:
@@ -198,9 +190,6 @@ def _ranks(summary: Mapping[str, Any]) -> list[str]:
         html.heading("Ranks after the last round"),
         html.table(["layer", "rank"], cells, words=1),
     ]
-
-
-Pictures = dict[str, tuple[html.Picture, str]]  # file name -> (PNG, caption)
 
 
 def _run_pictures(config: Config, summary: Mapping[str, Any], rows: Sequence[Row]) -> Pictures:
@@ -278,5 +267,4 @@ def _runs(comparison: Comparison) -> list[list[str]]:
 
 def _save(path: Path, pictures: Pictures) -> None:
     for name, (picture, _) in pictures.items():
-        with new_file(path / name) as fresh:
-            fresh.write_bytes(picture(theme="light"))
+        write_bytes(path / name, picture(theme="light"))

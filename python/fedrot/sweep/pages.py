@@ -8,16 +8,16 @@ from pathlib import Path
 
 import matplotlib
 
-from fedrot.files import new_file, write_json, write_text
+from fedrot.files import write_bytes, write_json, write_text
 from fedrot.report import html, markdown
+from fedrot.report.html import Pictures
 from fedrot.report.plots import mean_curves
-from fedrot.statistics import Difference
+from fedrot.statistics import Difference, plus_minus
 from fedrot.sweep import plots
 from fedrot.sweep.analysis import Results
 from fedrot.sweep.experiment import Cell, short_names
 
 Table = tuple[str, list[str], list[list[str]]]  # heading, header, rows
-Pictures = dict[str, tuple[html.Picture, str]]
 Format = Callable[[Results, Cell, str], str]
 
 LOCAL = "accuracy_local"
@@ -40,8 +40,7 @@ def write_results(results: Results, out: Path) -> list[Path]:
     pictures = _pictures(results)
     with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a value is a $
         for name, (picture, _) in pictures.items():
-            with new_file(out / name) as fresh:
-                fresh.write_bytes(picture(theme="light"))
+            write_bytes(out / name, picture(theme="light"))
         page = _page(results, pictures)
     write_json(out / "results.json", results.as_tree())
     write_text(out / "report.md", _markdown(results, pictures))
@@ -107,7 +106,7 @@ def _by_method(results: Results, heading: str, form: Format) -> Table:
 
 
 def _accuracy(results: Results, cell: Cell, method: str, key: str = "accuracy") -> str:
-    return _plus_minus(results.spread(cell, method, key), ".3f")
+    return plus_minus(results.spread(cell, method, key), ".3f")
 
 
 def _difference(results: Results, cell: Cell, method: str, key: str = "accuracy") -> str:
@@ -123,12 +122,12 @@ def _error(results: Results, cell: Cell, method: str) -> str:
     ratio = results.spread(cell, method, "error_ratio")
     if error is None:
         return "-"
-    beside = "" if ratio is None else f" (ratio {_plus_minus(ratio, '.2f')})"
+    beside = "" if ratio is None else f" (ratio {plus_minus(ratio, '.2f')})"
     return f"{error[0]:.3g}{beside}"
 
 
 def _seconds(results: Results, cell: Cell, method: str) -> str:
-    return _plus_minus(results.spread(cell, method, "seconds_aggregation"), ".3f")
+    return plus_minus(results.spread(cell, method, "seconds_aggregation"), ".3f")
 
 
 def _tuned(results: Results, cell: Cell, method: str) -> str:
@@ -140,13 +139,6 @@ def _tuned(results: Results, cell: Cell, method: str) -> str:
     )
     score = next((score for options, score in tuned.scores if options is tuned.options), None)
     return f"{chosen} ({score:.3f})" if score is not None else chosen or "-"
-
-
-def _plus_minus(found: tuple[float, float | None] | None, form: str) -> str:
-    if found is None:
-        return "-"
-    mean, std = found
-    return format(mean, form) if std is None else f"{mean:{form}} ± {std:{form}}"
 
 
 def _lead(results: Results) -> str:

@@ -160,8 +160,3 @@ def _examples(
     labels = ids.clone()
     labels[:, :PROMPT] = IGNORE
     return {"input_ids": ids, "labels": labels}, name, order
-
-
-def spell(tokens: Tensor) -> str:
-    """Tokens as words."""
-    return " ".join(VOCABULARY[token] for token in tokens.tolist())
