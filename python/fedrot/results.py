@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedrot.statistics import MeanStd, mean_std
+
 CLIENT_ALONE = "one client alone"
 MEANS = (  # of a group beside its accuracy: key, heading, format
     ("accuracy_averaged", "of the average", ".3f"),  # where clients keep a part
@@ -67,11 +69,11 @@ class Comparison:
         pairs = zip(group.summaries, baseline.summaries, strict=True)
         return [a["accuracy"] - b["accuracy"] for a, b in pairs]
 
-    def by_method(self, key: str) -> dict[str, list[list[float] | None]]:
-        """Per method, and per setting, the values over seeds."""
-        labels = dict.fromkeys(group.method for group in self.groups)
-        found = {(g.method, g.setting): g.values(key) for g in self.groups}
-        return {m: [found.get((m, s)) for s in self.settings] for m in labels}
+    def spreads(self, key: str) -> dict[str, dict[str, MeanStd | None]]:
+        """Per setting, and per method of any setting, mean and deviation over seeds."""
+        methods = dict.fromkeys(group.method for group in self.groups)
+        found = {(g.setting, g.method): mean_std(g.values(key)) for g in self.groups}
+        return {self.label(s): {m: found.get((s, m)) for m in methods} for s in self.settings}
 
 
 def clients_alone(group: Group) -> Group | None:

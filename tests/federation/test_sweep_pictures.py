@@ -178,13 +178,13 @@ def test_a_long_label_stays_in_the_picture(monkeypatch):
 
 
 def test_long_titles_of_panels_do_not_touch(monkeypatch):
-    monkeypatch.setattr(sweep_plots, "png_bytes", lambda figure: figure)
+    monkeypatch.setattr(plots, "png_bytes", lambda figure: figure)
     cells = [
         "alpha 0.1, personal_head False, optimizer adam, lr 0.01",
         "alpha 100.0, personal_head False, optimizer sgd, lr 0.3",
         f"column {'a-very-long-name-' * 12}",
     ]
-    figure = sweep_plots.bars({cell: {"FedIT": (0.9, 0.1)} for cell in cells}, "accuracy")
+    figure = plots.bars({cell: {"FedIT": (0.9, 0.1)} for cell in cells}, "accuracy", ".3f")
     figure.canvas.draw()
     titles = [ax._left_title for ax in figure.axes]
     for title, cell in zip(titles[:2], cells, strict=False):

@@ -195,9 +195,9 @@ def _ranks(summary: Mapping[str, Any]) -> list[str]:
 def _run_pictures(config: Config, summary: Mapping[str, Any], rows: Sequence[Row]) -> Pictures:
     method, last, title = config.method.name, rows[-1], _title(config)
     if config.start == "own":
-        errors = {
-            "plain averaging": [[last["aggregation_error_plain"]]],
-            method: [[last["aggregation_error"]]],
+        errors: dict[str, MeanStd | None] = {
+            plots.PLAIN_AVERAGING: (last["aggregation_error_plain"], None),
+            method: (last["aggregation_error"], None),
         }
         return {
             "accuracy.png": (
@@ -205,7 +205,7 @@ def _run_pictures(config: Config, summary: Mapping[str, Any], rows: Sequence[Row
                 "Test accuracy of every client's own adapter and of the merged one.",
             ),
             "alignment.png": (
-                partial(plots.grouped_bars, [title], errors, "aggregation error"),
+                partial(plots.bars, {title: errors}, "aggregation error", ".3g"),
                 "Aggregation error of the merge.",
             ),
         }
@@ -240,19 +240,22 @@ def _comparison_pictures(comparison: Comparison) -> Pictures:
                 partial(plots.mean_curves, curves, comparison.label(name)),
                 f"Setting {comparison.label(name)}: test accuracy, mean and std over seeds.",
             )
-    labels = [comparison.label(name) for name in comparison.settings]
-    final = comparison.by_method("accuracy")
     out["final-accuracy.png"] = (
-        partial(plots.grouped_bars, labels, final, "final test accuracy", accuracy=True),
+        partial(plots.bars, comparison.spreads("accuracy"), "final test accuracy", ".3f"),
         "Final test accuracy, mean and std over seeds.",
     )
-    plain = comparison.by_method("aggregation_error_plain")[comparison.methods[-1]]
-    own = comparison.by_method("aggregation_error")
-    errors = {"plain averaging": plain, **{m: own[m] for m in comparison.methods}}
+    last, plain = comparison.methods[-1], comparison.spreads("aggregation_error_plain")
+    errors = {
+        label: {
+            plots.PLAIN_AVERAGING: plain[label][last],
+            **{m: own[m] for m in comparison.methods},
+        }
+        for label, own in comparison.spreads("aggregation_error").items()
+    }
     out["aggregation-error.png"] = (
-        partial(plots.grouped_bars, labels, errors, "aggregation error"),
+        partial(plots.bars, errors, "aggregation error", ".3g", alike=False),
         "Aggregation error, mean over rounds: every method on the uploads of its own runs, and "
-        f"plain averaging on the uploads of {comparison.methods[-1]}.",
+        f"plain averaging on the uploads of {last}.",
     )
     return out
 

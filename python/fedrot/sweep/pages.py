@@ -11,7 +11,7 @@ import matplotlib
 from fedrot.files import write_bytes, write_json, write_text
 from fedrot.report import html, markdown
 from fedrot.report.html import Pictures
-from fedrot.report.plots import mean_curves
+from fedrot.report.plots import bars, mean_curves
 from fedrot.statistics import Difference, plus_minus
 from fedrot.sweep import plots
 from fedrot.sweep.analysis import Results
@@ -182,13 +182,14 @@ def _pictures(results: Results) -> Pictures:
         for label, cell in labels.items()
     }
     out["error-ratio.png"] = (
-        partial(plots.bars, ratios, "aggregation error / plain averaging", line=1.0),
+        partial(bars, ratios, "aggregation error / plain averaging", ".2f", line=1.0),
         "Aggregation error relative to plain averaging of the same uploads.",
     )
     for label, cell in labels.items():
         for begin, key, words in measures:
-            curves = {m: c for m in methods if (c := results.curves(cell, m, key))}
-            if curves and all(len(seed) > 2 for seeds in curves.values() for seed in seeds):
+            curves = {m: results.curves(cell, m, key) for m in methods}
+            lengths = [len(seed) for seeds in curves.values() for seed in seeds]
+            if min(lengths, default=0) > 2:
                 out[f"{begin}rounds-{cell.folder}.png"] = (
                     partial(mean_curves, curves, plots.shortened(label), words),
                     f"{label}: {words} over rounds, mean and standard deviation over seeds.",
@@ -215,7 +216,7 @@ def _accuracy_pictures(results: Results, labels: dict[str, Cell], measure: Measu
             for label, cell in labels.items()
         }
         out[f"{begin}accuracy.png"] = (
-            partial(plots.bars, panels, words),
+            partial(bars, panels, words, ".3f"),
             f"{words.capitalize()}, mean and standard deviation over seeds.",
         )
     if len(methods) > 1 and results.experiment.seeds > 1:
