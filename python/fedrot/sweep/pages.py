@@ -12,7 +12,7 @@ from fedrot.files import write_bytes, write_json, write_text
 from fedrot.report import html, markdown
 from fedrot.report.html import Pictures
 from fedrot.report.plots import bars, mean_curves
-from fedrot.statistics import Difference, plus_minus
+from fedrot.statistics import plus_minus
 from fedrot.sweep import plots
 from fedrot.sweep.analysis import Results
 from fedrot.sweep.experiment import Cell, short_names
@@ -29,9 +29,10 @@ MEASURES: tuple[Measure, ...] = (
 WORDS = (
     "Accuracy: mean ± sample standard deviation over seeds, on test examples that no tuning has "
     "seen. Difference: against the first method, paired by seed, with its 95 % t-interval; * where "
-    "that excludes 0 (each interval on its own: of twenty, one does so by chance). Error: "
-    "Frobenius norm of (weighted mean of B_i A_i) - B A, mean over rounds, along each method's own "
-    "trajectory; error ratio: the same relative to plain averaging of the same uploads."
+    "that excludes 0 with more than two seeds (each interval on its own: one in twenty does so by "
+    "chance). Error: Frobenius norm of (weighted mean of B_i A_i) - B A, mean over rounds, along "
+    "each method's own trajectory; error ratio: the same relative to plain averaging of the same "
+    "uploads."
 )
 
 
@@ -221,16 +222,12 @@ def _accuracy_pictures(results: Results, labels: dict[str, Cell], measure: Measu
         )
     if len(methods) > 1 and results.experiment.seeds > 1:
         found = {
-            label: {m: _interval(results.difference(cell, m, key)) for m in methods[1:]}
+            label: {m: results.difference(cell, m, key) for m in methods[1:]}
             for label, cell in labels.items()
         }
         out[f"{begin}differences.png"] = (
             partial(plots.differences, found, f"{words}, difference to {methods[0]}"),
             f"{words.capitalize()}, difference to {methods[0]}, paired by seed, with 95 % "
-            "intervals; grey where they hold 0.",
+            "intervals; grey where they hold 0 or two seeds are too few to tell.",
         )
     return out
-
-
-def _interval(found: Difference | None) -> tuple[float, float, float] | None:
-    return None if found is None else (found.mean, found.low, found.high)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fedrot.report.plots import (
-    COLORS,
     PLAIN,
     THEMES,
     legend_beside,
@@ -16,9 +15,7 @@ from fedrot.report.plots import (
     png_bytes,
     themed_figure,
 )
-from fedrot.statistics import MeanStd
-
-Interval = tuple[float, float, float] | None  # mean, low, high
+from fedrot.statistics import Difference, MeanStd
 
 
 def shortened(text: str) -> str:
@@ -61,19 +58,17 @@ def over_axis(
 
 
 def differences(
-    panels: Mapping[str, Mapping[str, Interval]], xlabel: str, theme: str = "light"
+    panels: Mapping[str, Mapping[str, Difference | None]], xlabel: str, theme: str = "light"
 ) -> bytes:
-    """Paired difference against the baseline with its 95 % interval, a panel a cell."""
+    """Paired difference against the baseline with its 95 % interval, a panel a cell; grey unless it
+    is certain. The methods are all of a report but the first."""
     with method_panels(panels, xlabel, theme) as (figure, axes):
         for ax, rows in zip(axes, panels.values(), strict=True):
             ax.axvline(0, color=THEMES[theme]["soft"], linewidth=1)
             for y, found in enumerate(rows.values()):
                 if found is None:
                     continue
-                mean, low, high = found
-                certain = low > 0 or high < 0
-                color = COLORS[0] if certain else PLAIN
-                ax.errorbar(
-                    mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3
-                )
+                color = look(y + 1)["color"] if found.certain else PLAIN  # the baseline is 0
+                sides = [[found.mean - found.low], [found.high - found.mean]]
+                ax.errorbar(found.mean, y, xerr=sides, fmt="o", color=color, capsize=3)
         return png_bytes(figure)
