@@ -15,7 +15,7 @@ MAY = {  # the command line may import them all
     "tasks": set(),
     "report": set(),
     "simulation": {"adapters", "methods", "tasks"},
-    "sweep": {"simulation", "report"},
+    "sweep": {"simulation", "report", "tasks"},
     "bench": {"report"},
     "flower": {"adapters", "methods"},
     "nvflare": {"adapters", "methods"},
