@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedrot.bench.tables import markdown
-from fedrot.cli._progress import progress
 from fedrot.config import load
 from fedrot.factors import Factors
 from fedrot.files import write_json
 from fedrot.methods import FedIT, FedRot, FlexLoRA
 from fedrot.methods.base import stacked
 from fedrot.metrics import aggregation_error, total
+from fedrot.progress import progress
+from fedrot.report import markdown
 from fedrot.server import serve
 from fedrot.simulation.rounds import prepare, train_round
 
@@ -114,7 +114,7 @@ def table(found: Mapping[str, list[dict[str, float]]]) -> str:
             mean, std = statistics.fmean(values) * unit, statistics.stdev(values) * unit
             cells.append(f"{mean:.3g} ± {std:.1g}{' %' if unit == 100 else ''}")
         rows.append([case, *cells])
-    return markdown(["training", *columns], rows)
+    return markdown.table(["training", *columns], rows)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from fedrot.bench.cases import (
     factors,
 )
 from fedrot.bench.suites import verifier
-from fedrot.bench.tables import markdown as table
+from fedrot.report.markdown import table
 from fedrot_kernels import align_aggregate
 
 

@@ -29,11 +29,11 @@ import typer
 from torch import Tensor, nn
 
 import fedrot
-from fedrot.cli._progress import progress
 from fedrot.files import write_json
 from fedrot.methods import FedIT, FedRot
-from fedrot.report.results import paired
-from fedrot.tasks.base import Batch, TaskData, example_losses, no_progress
+from fedrot.progress import no_progress, progress
+from fedrot.statistics import paired
+from fedrot.tasks.base import Batch, TaskData, example_losses
 from fedrot.tasks.digits import Digits
 from fedrot.tasks.partition import dirichlet
 from fedrot.tasks.strings import Strings

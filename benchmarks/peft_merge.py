@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 import fedrot
 from fedrot.bench import machine
-from fedrot.bench.tables import markdown
 from fedrot.bench.tables import times as times_of
 from fedrot.config import load
 from fedrot.factors import Factors
@@ -32,6 +31,7 @@ from fedrot.files import write_json
 from fedrot.gauge import regauge
 from fedrot.methods import FedIT, FedRot, FlexLoRA, Method
 from fedrot.options import parse_overrides
+from fedrot.report import markdown
 from fedrot.simulation.adapter import set_head
 from fedrot.simulation.rounds import prepare, train_round
 
@@ -259,7 +259,7 @@ def tables(result: dict[str, Any]) -> str:
         rows.append(
             [f"`{name}`", seconds, ratio, *(f"{round(e[name], 6):.2g}" for e in errors.values())]
         )
-    first = markdown(("form", "time", "of FedRot", *errors), rows)
+    first = markdown.table(("form", "time", "of FedRot", *errors), rows)
     labels = list(result["accuracy"])
     rows = [
         [
@@ -268,7 +268,7 @@ def tables(result: dict[str, Any]) -> str:
         ]
         for name in result["accuracy"][labels[0]]
     ]
-    return first + "\n" + markdown(("form", *labels), rows)
+    return first + "\n" + markdown.table(("form", *labels), rows)
 
 
 def seconds_text(seconds: float) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedrot.bench.tables import Row, markdown, of_floor, ratio, times
+from fedrot.bench.tables import Row, of_floor, ratio, times
 from fedrot.files import write_text
+from fedrot.report import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,7 +57,7 @@ def _table(result: dict[str, Any], dtype: str) -> str:
         f"{where}, {machine['threads']} threads, {dtype}, align A "
         f"({machine['date'][:10]}, torch {machine['torch']}):\n\n"
     )
-    return title + markdown(HEADER, [_line(row) for row in rows])
+    return title + markdown.table(HEADER, [_line(row) for row in rows])
 
 
 def _line(row: Row) -> list[str]:

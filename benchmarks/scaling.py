@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedrot.bench.tables import markdown
+from fedrot.report import markdown
 
 MEASURED = Path(__file__).parents[1] / "docs" / "scaling" / "streaming.json"
 
@@ -141,7 +141,7 @@ def adapters(measured: Mapping[str, Any]) -> str:
         elements = f"{adapter.elements / 1e6:.1f} M"
         lines.append([adapter.model, adapter.targets, str(adapter.rank), elements, *numbers, kept])
     names = ("upload", "align one client", "aggregator", "1000 clients kept")
-    return markdown(("model", "adapted", "rank", "elements", *names), lines)
+    return markdown.table(("model", "adapted", "rank", "elements", *names), lines)
 
 
 def rounds(measured: Mapping[str, Any]) -> str:
@@ -165,7 +165,7 @@ def rounds(measured: Mapping[str, Any]) -> str:
         *("adapter", "clients", "uploads", "one server: receives in", "aligns in"),
         *("clients aligned, averages in", "tree: machines", "one receives", "takes"),
     )
-    return markdown(header, lines)
+    return markdown.table(header, lines)
 
 
 def size(count: float) -> str:

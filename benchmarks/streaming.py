@@ -22,12 +22,11 @@ from torch import Tensor
 
 from fedrot.bench import machine
 from fedrot.bench.cases import LLAMA_8B_QV, Case, factors
-from fedrot.cli._progress import progress
 from fedrot.factors import Factors
-from fedrot.files import new_file, write_json
+from fedrot.files import write_bytes, write_json
+from fedrot.progress import Track, no_progress, progress
 from fedrot.report.plots import COLORS, PLAIN, png_bytes, themed_figure
 from fedrot.streaming import StreamingAggregator, _Mean
-from fedrot.tasks.base import Track, no_progress
 from fedrot_kernels import align_aggregate
 from fedrot_kernels.backends import reference
 from fedrot_kernels.plan import run_once
@@ -283,8 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(options.output / "streaming.json", result)
-    with new_file(options.output / "streaming.png") as fresh:
-        fresh.write_bytes(draw(result))
+    write_bytes(options.output / "streaming.png", draw(result))
 
 
 if __name__ == "__main__":

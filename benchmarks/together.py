@@ -16,10 +16,10 @@ import torch
 import typer
 from torch.nn.functional import cross_entropy
 
-from fedrot.bench.tables import markdown
 from fedrot.config import load
 from fedrot.factors import Factors
 from fedrot.options import parse_overrides
+from fedrot.report import markdown
 from fedrot.simulation.adapter import get_factors, parameter_names, set_factors
 from fedrot.simulation.local import draw_batches
 from fedrot.simulation.participants import start
@@ -84,7 +84,7 @@ def main(rounds: Annotated[int, typer.Argument(min=1)] = 7) -> None:
     """Print a table of the medians over so many rounds."""
     torch.set_num_threads(1)
     rows = [compare(clients, rounds) for clients in CLIENTS]
-    print(markdown(["clients", "one after the other", "together", "times as long"], rows))
+    print(markdown.table(["clients", "one after the other", "together", "times as long"], rows))
 
 
 if __name__ == "__main__":

@@ -103,6 +103,11 @@ def _swap_in(fresh: Path, path: Path, old: Path) -> None:
         raise
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    with new_file(path) as fresh:
+        fresh.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
     with new_file(path) as fresh:
         fresh.write_text(text, encoding="utf-8")

@@ -65,13 +65,13 @@ def look_for(task: Any) -> None:
             _check_reach(name, f"task.{key}", kind, files)
 
 
-def model_folder(name: str, key: str = "task.model") -> Path:
+def model_folder(name: str) -> Path:
     """The transformers folder of a model: a path, or a repository of the hub.
 
     Raises:
         FedrotError: it is neither here nor within reach; the message says how to get it.
     """
-    return _find(name, key, "model", MODEL_FILES)
+    return _find(name, "task.model", "model", MODEL_FILES)
 
 
 def data_folder(name: str, key: str = "task.data", files: Sequence[str] = ("*",)) -> Path:

@@ -18,10 +18,11 @@ from fedrot.config import load
 from fedrot.errors import FedrotError
 from fedrot.methods import FedIT, FedRot
 from fedrot.options import parse_overrides
-from fedrot.report.results import Comparison, Group, mean_std, paired
+from fedrot.results import Comparison, Group
 from fedrot.simulation import rounds
 from fedrot.simulation.comparison import configure, merge_command, parse_variant
 from fedrot.simulation.run_dir import RunDir
+from fedrot.statistics import mean_std, paired
 from fedrot.sweep.experiment import read_experiment
 
 TINY = [*SMALL_ONE_SHOT, "rounds=1"]

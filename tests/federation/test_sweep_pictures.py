@@ -7,12 +7,13 @@ import statistics
 import pytest
 import yaml
 
-from fedrot.report import plots, sweep_plots
-from fedrot.report.results import paired
-from fedrot.report.sweep_pages import write_results
+from fedrot.report import plots
 from fedrot.simulation.run_dir import RunDir
+from fedrot.statistics import Difference, paired
+from fedrot.sweep import plots as sweep_plots
 from fedrot.sweep.analysis import Results
 from fedrot.sweep.experiment import read_experiment
+from fedrot.sweep.pages import write_results
 from fedrot.sweep.runner import Outcome, Tuned
 
 BOTH = {"clients.alpha": [0.3, 10.0], "local.personal_head": [False, True]}
@@ -167,7 +168,7 @@ def test_cells_without_local_tests_are_left_out(drawn):
 def test_a_long_label_stays_in_the_picture(monkeypatch):
     monkeypatch.setattr(sweep_plots, "png_bytes", lambda figure: figure)
     label = f"{LOCAL}, difference to FedRot-LoRA align=joint lam=1.0"
-    figure = sweep_plots.differences({"all": {"FedIT": (0.1, 0.0, 0.2)}}, label)
+    figure = sweep_plots.differences({"all": {"FedIT": Difference(0.1, 0.0, 0.2, 3)}}, label)
     figure.canvas.draw()
     (text,) = figure.texts
     assert text.get_text().split() == label.split()
@@ -176,14 +177,32 @@ def test_a_long_label_stays_in_the_picture(monkeypatch):
     assert figure.bbox.y0 <= box.y0 and box.y1 < ax.get_tightbbox().y0
 
 
-def test_long_titles_of_panels_do_not_touch(monkeypatch):
+def test_only_certain_differences_are_colored(monkeypatch, drawn):
+    """As in tables and pages, where two seeds are too few to tell."""
     monkeypatch.setattr(sweep_plots, "png_bytes", lambda figure: figure)
+    rows = {
+        "above": Difference(0.2, 0.1, 0.3, 3),
+        "two seeds": Difference(0.2, 0.2, 0.2, 2),
+        "below": Difference(-0.2, -0.3, -0.1, 10),
+        "none": None,
+        "unsure": Difference(0.2, -0.1, 0.5, 10),
+    }
+    (ax,) = sweep_plots.differences({"all": rows}, "difference").axes
+    colors = [container.lines[0].get_color() for container in ax.containers]
+    above, below = (plots.look(index)["color"] for index in (1, 3))
+    assert colors == [above, plots.PLAIN, below, plots.PLAIN]
+    _, text = drawn(BOTH)
+    assert "grey where they hold 0 or two seeds are too few to tell" in text
+
+
+def test_long_titles_of_panels_do_not_touch(monkeypatch):
+    monkeypatch.setattr(plots, "png_bytes", lambda figure: figure)
     cells = [
         "alpha 0.1, personal_head False, optimizer adam, lr 0.01",
         "alpha 100.0, personal_head False, optimizer sgd, lr 0.3",
         f"column {'a-very-long-name-' * 12}",
     ]
-    figure = sweep_plots.bars({cell: {"FedIT": (0.9, 0.1)} for cell in cells}, "accuracy")
+    figure = plots.bars({cell: {"FedIT": (0.9, 0.1)} for cell in cells}, "accuracy", ".3f")
     figure.canvas.draw()
     titles = [ax._left_title for ax in figure.axes]
     for title, cell in zip(titles[:2], cells, strict=False):

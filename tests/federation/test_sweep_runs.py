@@ -11,10 +11,12 @@ import psutil  # peft needs it
 import pytest
 from test_sweep import TINY, write
 
-from fedrot.report.sweep_pages import failures, tables
+from fedrot.errors import FedrotError
 from fedrot.sweep.analysis import Results
-from fedrot.sweep.experiment import read_experiment
+from fedrot.sweep.experiment import TUNE_SEED, read_experiment
+from fedrot.sweep.pages import failures, tables
 from fedrot.sweep.runner import run_experiment
+from fedrot.tasks import Digits
 
 
 def test_several_workers_give_the_same_numbers(tmp_path):
@@ -24,6 +26,31 @@ def test_several_workers_give_the_same_numbers(tmp_path):
     for a, b in zip(alone, together, strict=True):
         assert [s["accuracy"] for s in a.summaries] == [s["accuracy"] for s in b.summaries]
         assert [s["loss"] for s in a.summaries] == [s["loss"] for s in b.summaries]
+
+
+@pytest.mark.parametrize(
+    ("tune", "count", "examples"),
+    [({}, 100_000, 716), ({"local.lr": [0.1, 1.0]}, 600, 573)],  # 573: without the validation part
+)
+def test_what_the_data_refuse_is_found_before_the_first_run(
+    tmp_path, monkeypatch, tune, count, examples
+):
+    """In any cell; the data are prepared once, with the seed of the first run."""
+    prepare, seeds = Digits.prepare, []
+
+    def counted(task, seed, *rest):
+        seeds.append(seed)
+        return prepare(task, seed, *rest)
+
+    options = {**TINY["options"], "clients.local_test": False, "task.pretrain_seed": 0}
+    changes = {"options": options, "vary": {"clients.count": [3, count]}, "methods": ["fedit"]}
+    experiment = read_experiment(write(tmp_path, tune=tune, **changes))
+    monkeypatch.setattr(Digits, "prepare", counted)
+    message = f"clients.count is {count}, but there are {examples} examples"
+    with pytest.raises(FedrotError, match=message):
+        run_experiment(experiment, tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+    assert seeds == [TUNE_SEED if tune else 0]
 
 
 def test_a_run_that_diverges_is_left_out_and_named(tmp_path):

@@ -13,8 +13,8 @@ import torch
 from fedrot.bench import baselines, machine, pictures, suites
 from fedrot.bench.cases import SHORT, Case, select, sweeps
 from fedrot.bench.floor import Limits
-from fedrot.files import new_file, write_json
-from fedrot.tasks.base import Track
+from fedrot.files import write_bytes, write_json
+from fedrot.progress import Track
 from fedrot_kernels.checks import ALIGN_MODES, DTYPES
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -115,6 +115,5 @@ def write(result: dict[str, Any], folder: Path) -> list[Path]:
     write_json(paths[0], result)
     for label, png in pictures.draw(result).items():
         paths.append(folder / f"{name}-{label}.png")
-        with new_file(paths[-1]) as fresh:
-            fresh.write_bytes(png)
+        write_bytes(paths[-1], png)
     return paths

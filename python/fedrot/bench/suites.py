@@ -15,7 +15,7 @@ from fedrot.bench import baselines
 from fedrot.bench.cases import Case, Factors, copies, factors
 from fedrot.bench.floor import Limits, floor
 from fedrot.bench.timing import Form, Timing, measure
-from fedrot.tasks.base import Track
+from fedrot.progress import Track
 from fedrot_kernels.backends import reference
 
 Row = dict[str, Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -193,11 +193,6 @@ def truncation_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         for r in rows
     ]
     return ["d x k", "rank", "clients", "N r", "dense SVD", "QR form", "dense / QR"], lines
-
-
-def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _print(console: Any, title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:

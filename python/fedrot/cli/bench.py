@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fedrot.cli._progress import progress
-from fedrot.cli._run import user_errors
+from fedrot.cli._run import listed, user_errors
+from fedrot.progress import progress
 
 
 @user_errors
@@ -57,4 +57,4 @@ def bench(
 
 
 def _listed(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+    return None if text is None else listed(text)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedrot.cli._progress import progress
 from fedrot.cli._run import listed, program, user_errors
+from fedrot.progress import progress
 
 if TYPE_CHECKING:
-    from fedrot.report.results import Comparison
+    from fedrot.results import Comparison
 
 
 @user_errors

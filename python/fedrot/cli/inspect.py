@@ -90,12 +90,11 @@ def inspect(
     if uploads and wanted == "auto":
         spectrum = adapters.measure_spectrum(uploads, energy)
     if spectrum and plot:
-        from fedrot.files import new_file
+        from fedrot.files import write_bytes
         from fedrot.report.plots import spectrum as drawn
 
         values = {name: v.tolist() for name, v in spectrum.values.items()}
-        with new_file(plot) as fresh:
-            fresh.write_bytes(drawn(values, spectrum.ranks, spectrum.energy))
+        write_bytes(plot, drawn(values, spectrum.ranks, spectrum.energy))
     if as_json:
         typer.echo(json.dumps(_as_json(read, uploads, measured, spectrum), indent=2))
     else:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedrot.cli._progress import progress
 from fedrot.cli._run import user_errors
+from fedrot.progress import progress
 
 if TYPE_CHECKING:
     from fedrot.sweep.analysis import Results
@@ -35,18 +34,18 @@ def sweep(
     """
     _look_for_tasks(experiment)  # before torch is imported, which takes seconds
 
-    from fedrot.report.sweep_pages import write_results
+    from fedrot.bench.machine import cores
     from fedrot.sweep.analysis import Results
     from fedrot.sweep.experiment import read_experiment
+    from fedrot.sweep.pages import write_results
     from fedrot.sweep.runner import run_experiment
 
     changes: dict[str, Any] = {} if seeds is None else {"seeds": seeds}
     planned = read_experiment(experiment, changes)
     folder = output or Path("runs") / planned.name
     folder.mkdir(parents=True, exist_ok=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with progress(quiet) as track:
-        outcomes = run_experiment(planned, folder, workers or cores or 1, track, force=force)
+        outcomes = run_experiment(planned, folder, workers or cores(), track, force=force)
     results = Results(planned, outcomes)
     written = write_results(results, folder)
     if not quiet:
@@ -81,7 +80,7 @@ def _print(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fedrot.report.sweep_pages import accuracies, failures
+    from fedrot.sweep.pages import accuracies, failures
 
     console = Console(markup=False, emoji=False)  # brackets in a value are brackets
     # Off a terminal rich would cut the tables at 80 columns.

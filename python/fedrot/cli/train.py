@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedrot.cli._progress import progress
 from fedrot.cli._run import listed, user_errors
+from fedrot.progress import progress
 
 if TYPE_CHECKING:
     from fedrot.options import Tree

@@ -46,6 +46,9 @@ class Picture(Protocol):
     def __call__(self, *, theme: str) -> bytes: ...
 
 
+Pictures = dict[str, tuple[Picture, str]]  # file name -> (picture, caption)
+
+
 def page(title: str, lead: str, *parts: str) -> str:
     """A whole document. ``parts`` are HTML, ``title`` and ``lead`` plain text."""
     return (

@@ -10,9 +10,11 @@ from typing import Any
 import yaml
 
 from fedrot.config import SETTINGS, Config
-from fedrot.files import new_file, write_text
+from fedrot.files import write_bytes, write_text
 from fedrot.report import html, plots
-from fedrot.report.results import Comparison, MeanStd, mean_std, paired
+from fedrot.report.html import Pictures
+from fedrot.results import MEANS, Comparison
+from fedrot.statistics import MeanStd, mean_std, paired, plus_minus
 
 Row = Mapping[str, Any]  # a line of metrics.jsonl
 
@@ -31,7 +33,6 @@ COLUMNS = {
     "seconds_local": ("local, s", ".2f"),
     "seconds_aggregation": ("aggr., s", ".4f"),
 }
-RUN_COLUMNS = ["setting", "method", "seed", "accuracy", "folder"]
 WORDS = (
     "Error: aggregation error of the round's uploads, the Frobenius norm of (mean of B_i A_i) - "
     "B A over all layers; plain: the same uploads averaged factor by factor. Angle: mean "
@@ -122,29 +123,11 @@ def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]
     header = ["setting", "method", "accuracy", "difference", *(name for _, name, _ in shown)]
     rows = []
     for group in comparison.groups:
-        accuracy = _spread(mean_std(group.values("accuracy")), ".3f")
-        difference = _spread(mean_std(comparison.differences(group)), "+.3f").replace("± +", "± ")
+        accuracy = plus_minus(mean_std(group.values("accuracy")), ".3f")
+        difference = plus_minus(mean_std(comparison.differences(group)), "+.3f")
         means = [_mean(mean_std(group.values(key)), form) for key, _, form in shown]
         rows.append([group.label, group.method, accuracy, difference, *means])
     return header, rows
-
-
-MEANS = (
-    ("accuracy_averaged", "of the average", ".3f"),  # where clients keep a part
-    ("accuracy_local", "local", ".3f"),
-    ("aggregation_error", "error", ".3f"),
-    ("aggregation_error_plain", "plain", ".3f"),
-    ("rotation_angle", "angle", ".1f"),
-    ("rank", "rank", ".1f"),  # of methods that choose it
-)
-
-
-def _spread(values: MeanStd | None, form: str) -> str:
-    """``mean ± std``, the mean alone of a single seed, a dash where there is nothing."""
-    if values is None:
-        return "-"
-    mean, std = values
-    return format(mean, form) if std is None else f"{mean:{form}} ± {std:{form}}"
 
 
 def findings(comparison: Comparison) -> list[str]:
@@ -209,15 +192,12 @@ def _ranks(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-Pictures = dict[str, tuple[html.Picture, str]]  # file name -> (PNG, caption)
-
-
 def _run_pictures(config: Config, summary: Mapping[str, Any], rows: Sequence[Row]) -> Pictures:
     method, last, title = config.method.name, rows[-1], _title(config)
     if config.start == "own":
-        errors = {
-            "plain averaging": [[last["aggregation_error_plain"]]],
-            method: [[last["aggregation_error"]]],
+        errors: dict[str, MeanStd | None] = {
+            plots.PLAIN_AVERAGING: (last["aggregation_error_plain"], None),
+            method: (last["aggregation_error"], None),
         }
         return {
             "accuracy.png": (
@@ -225,7 +205,7 @@ def _run_pictures(config: Config, summary: Mapping[str, Any], rows: Sequence[Row
                 "Test accuracy of every client's own adapter and of the merged one.",
             ),
             "alignment.png": (
-                partial(plots.grouped_bars, [title], errors, "aggregation error"),
+                partial(plots.bars, {title: errors}, "aggregation error", ".3g"),
                 "Aggregation error of the merge.",
             ),
         }
@@ -260,19 +240,22 @@ def _comparison_pictures(comparison: Comparison) -> Pictures:
                 partial(plots.mean_curves, curves, comparison.label(name)),
                 f"Setting {comparison.label(name)}: test accuracy, mean and std over seeds.",
             )
-    labels = [comparison.label(name) for name in comparison.settings]
-    final = comparison.by_method("accuracy")
     out["final-accuracy.png"] = (
-        partial(plots.grouped_bars, labels, final, "final test accuracy", accuracy=True),
+        partial(plots.bars, comparison.spreads("accuracy"), "final test accuracy", ".3f"),
         "Final test accuracy, mean and std over seeds.",
     )
-    plain = comparison.by_method("aggregation_error_plain")[comparison.methods[-1]]
-    own = comparison.by_method("aggregation_error")
-    errors = {"plain averaging": plain, **{m: own[m] for m in comparison.methods}}
+    last, plain = comparison.methods[-1], comparison.spreads("aggregation_error_plain")
+    errors = {
+        label: {
+            plots.PLAIN_AVERAGING: plain[label][last],
+            **{m: own[m] for m in comparison.methods},
+        }
+        for label, own in comparison.spreads("aggregation_error").items()
+    }
     out["aggregation-error.png"] = (
-        partial(plots.grouped_bars, labels, errors, "aggregation error"),
+        partial(plots.bars, errors, "aggregation error", ".3g", alike=False),
         "Aggregation error, mean over rounds: every method on the uploads of its own runs, and "
-        f"plain averaging on the uploads of {comparison.methods[-1]}.",
+        f"plain averaging on the uploads of {last}.",
     )
     return out
 
@@ -287,5 +270,4 @@ def _runs(comparison: Comparison) -> list[list[str]]:
 
 def _save(path: Path, pictures: Pictures) -> None:
     for name, (picture, _) in pictures.items():
-        with new_file(path / name) as fresh:
-            fresh.write_bytes(picture(theme="light"))
+        write_bytes(path / name, picture(theme="light"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fedrot.results import CLIENT_ALONE
+from fedrot.statistics import MeanStd
+
 THEMES = {
     "light": {"paper": "#ffffff", "ink": "#1f2328", "soft": "#6b7280", "grid": "#e5e7eb"},
     "dark": {"paper": "#161b22", "ink": "#e6edf3", "soft": "#9aa4b2", "grid": "#2d333b"},
@@ -21,8 +26,22 @@ THEMES = {
 # Okabe-Ito: told apart with any colour vision, on light and on dark.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 PLAIN = "#8a8f98"
+# Four lines and thirteen markers for six colors: of up to twelve methods no two have the same color
+# and line. Neighbours never have the same line, so one shows where it lies on the other.
+LINES = ("-", "--", "-.", ":")
+MARKERS = "os^Dv<>P*Xphd"
+PLAIN_AVERAGING = "plain averaging"
 
 Rows = Sequence[Mapping[str, Any]]
+
+
+def look(index: int) -> dict[str, Any]:
+    """How a method is drawn, by its place among those of a report: the same in every picture."""
+    return {
+        "color": COLORS[index % len(COLORS)],
+        "linestyle": LINES[index % len(LINES)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }
 
 
 def accuracy_over_rounds(rows: Rows, start: float, title: str, theme: str = "light") -> bytes:
@@ -43,7 +62,7 @@ def client_accuracies(
     """Accuracy of every single client's adapter beside that of the merged one (one-shot)."""
     with themed_figure(theme, 1, width=6.4) as (figure, (ax,)):
         scores = sorted(row["client_accuracies"])
-        ax.bar(range(1, len(scores) + 1), scores, color=PLAIN, label="one client alone")
+        ax.bar(range(1, len(scores) + 1), scores, color=PLAIN, label=CLIENT_ALONE)
         ax.axhline(row["accuracy"], color=COLORS[0], linewidth=2, label=f"merged by {method}")
         _title(ax, title)
         ax.set_xlabel("clients, by accuracy")
@@ -60,7 +79,7 @@ def alignment_over_rounds(rows: Rows, method: str, title: str, theme: str = "lig
     with themed_figure(theme, 2, width=9.6) as (figure, (left, right)):
         style = {"markersize": 3.5, "marker": marker}
         plain = [row["aggregation_error_plain"] for row in rows]
-        left.plot(rounds, plain, color=PLAIN, label="plain averaging", linewidth=4, **style)
+        left.plot(rounds, plain, color=PLAIN, label=PLAIN_AVERAGING, linewidth=4, **style)
         own = [row["aggregation_error"] for row in rows]
         left.plot(rounds, own, color=COLORS[0], label=method, **style)
         left.set_ylabel("aggregation error, Frobenius norm")
@@ -100,60 +119,61 @@ def mean_curves(
     ylabel: str = "test accuracy",
     theme: str = "light",
 ) -> bytes:
-    """Accuracy over rounds, mean and std band over seeds; ``curves[method][seed][round]``."""
-    with themed_figure(theme, 1, width=6.4) as (figure, (ax,)):
-        length = 0
+    """Accuracy over rounds, mean and std band over seeds; ``curves[method][seed][round]``. A method
+    without seeds is left out."""
+    with themed_figure(theme, 1, width=8.4, height=4.4) as (figure, (ax,)):
+        length = max(len(seed) for seeds in curves.values() for seed in seeds) - 1
+        step = max(1, math.ceil(length / 12))
+        alpha = min(0.18, 0.6 / len(curves))  # those of many methods lie on one another
         for index, (method, seeds) in enumerate(curves.items()):
-            values = np.array(seeds)
-            length = values.shape[1] - 1
+            if not seeds:
+                continue
+            values, style = np.array(seeds), look(index)
             mean, std = values.mean(0), _std(values)
-            # Dashes keep a curve visible that another one covers.
-            style = {"color": COLORS[index % len(COLORS)], "linestyle": "-" if index == 0 else "--"}
-            ax.plot(mean, label=method, **style)
+            ax.plot(mean, label=method, markersize=4, markevery=(index % step, step), **style)
             ax.fill_between(
-                range(length + 1), mean - std, mean + std, alpha=0.18, color=style["color"], lw=0
+                range(length + 1), mean - std, mean + std, alpha=alpha, color=style["color"], lw=0
             )
         _title(ax, title)
         _accuracy_axis(ax, ylabel)
         _rounds_axis(ax, length)
-        _legend(ax)
+        legend_beside(figure)
         return png_bytes(figure)
 
 
-def grouped_bars(
-    groups: Sequence[str],
-    bars: Mapping[str, Sequence[Sequence[float] | None]],
-    ylabel: str,
+def bars(
+    panels: Mapping[str, Mapping[str, MeanStd | None]],
+    xlabel: str,
+    form: str,
     *,
-    accuracy: bool = False,
+    line: float | None = None,
+    alike: bool = True,
     theme: str = "light",
 ) -> bytes:
-    """Mean and std over seeds as bars, a group a setting; ``bars[label][group]`` are the seeds.
+    """Mean and standard deviation as horizontal bars, ``panels[panel][method]``, with the mean
+    written in ``form``; ``None`` leaves a bar out.
 
-    ``None`` leaves a bar out. Unless ``accuracy``, every group has an axis of its own, since
-    errors of different settings differ by orders of magnitude.
+    ``line``: a value to compare with. Unless ``alike``, every panel has a range of its own.
     """
-    panels = 1 if accuracy else len(groups)
-    with themed_figure(theme, panels, width=7.2 if accuracy else 3.2 * panels) as (figure, axes):
-        for group, name in enumerate(groups):
-            ax = axes[0 if accuracy else group]
-            shown = [(label, seeds[group]) for label, seeds in bars.items() if seeds[group]]
-            width = 0.8 / max(len(shown), 1)
-            for index, (label, values) in enumerate(shown):
-                assert values is not None
-                x = (group if accuracy else 0) + (index - (len(shown) - 1) / 2) * width
-                color = _bar_color(label, list(bars))
-                _bar(ax, x, values, width * 0.92, label, color, theme, accuracy)
-            if accuracy:
-                ax.set_xticks(range(len(groups)), groups)
-                _accuracy_axis(ax)
-            else:
-                _title(ax, name)
-                ax.set_xticks([])
-                ax.margins(y=0.12)
-            ax.grid(axis="x", visible=False)
-        axes[0].set_ylabel(ylabel)
-        _legend_below(figure, axes)
+    colors = _bar_colors([*next(iter(panels.values()))])
+    shown = [[*filter(None, rows.values())] for rows in panels.values()]
+    ends = [[mean + (std or 0.0) for mean, std in found] for found in shown]
+    behind = {"facecolor": THEMES[theme]["paper"], "edgecolor": "none", "pad": 1}  # no line there
+    if alike:
+        ends = [[*itertools.chain(*ends)]] * len(ends)
+    with method_panels(panels, xlabel, theme, alike=alike) as (figure, axes):
+        for ax, rows, own in zip(axes, panels.values(), ends, strict=True):
+            for y, (method, found) in enumerate(rows.items()):
+                if found is None:
+                    continue
+                mean, std = found
+                ax.barh(y, mean, xerr=std, color=colors[method], height=0.7, capsize=2,
+                        ecolor=THEMES[theme]["ink"])  # fmt: skip
+                ax.annotate(format(mean, form), (mean + (std or 0.0), y), (4, 0), va="center",
+                            textcoords="offset points", fontsize=8, bbox=behind)  # fmt: skip
+            ax.set_xlim(0, 1.35 * max([line or 0.0, *own]) or 1.0)  # room for the numbers
+            if line is not None:
+                ax.axvline(line, color=THEMES[theme]["soft"], linewidth=1, linestyle="--")
         return png_bytes(figure)
 
 
@@ -187,44 +207,11 @@ def spectrum(
         return png_bytes(figure)
 
 
-def _bar(
-    ax: Axes,
-    x: float,
-    values: Sequence[float],
-    width: float,
-    label: str,
-    color: str,
-    theme: str,
-    accuracy: bool,
-) -> None:
-    mean, std = float(np.mean(values)), float(_std(np.array(values)))
-    ink = THEMES[theme]["ink"]
-    error = {"ecolor": ink, "elinewidth": 1, "capsize": 3}
-    ax.bar(
-        x,
-        mean,
-        width,
-        yerr=std if len(values) > 1 else None,
-        color=color,
-        label=label,
-        error_kw=error,
-    )
-    text = f"{mean:.2f}" if accuracy else f"{mean:.3g}"
-    ax.annotate(
-        text,
-        (x, mean + std),
-        (0, 3),
-        textcoords="offset points",
-        ha="center",
-        fontsize=8,
-        color=ink,
-    )
-
-
-def _bar_color(label: str, labels: list[str]) -> str:
-    if label in ("plain averaging", "one client alone"):
-        return PLAIN
-    return COLORS[[n for n in labels if n != "plain averaging"].index(label) % len(COLORS)]
+def _bar_colors(labels: Sequence[str]) -> dict[str, str]:
+    """Those of :func:`look`, and grey for what is no method."""
+    methods = [label for label in labels if label not in (PLAIN_AVERAGING, CLIENT_ALONE)]
+    colors = {method: look(index)["color"] for index, method in enumerate(methods)}
+    return {label: colors.get(label, PLAIN) for label in labels}
 
 
 def _std(values: np.ndarray) -> np.ndarray:
@@ -253,27 +240,55 @@ def _legend(ax: Axes) -> None:
     ax.legend(frameon=False, fontsize=9)
 
 
-def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend for all panels, every label once."""
-    found: dict[str, Any] = {}
-    for ax in axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    figure.legend(
-        handles=list(found.values()),
-        labels=list(found),
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-    )
+def legend_beside(figure: Figure) -> None:
+    """Of all methods, where it hides nothing; long enough for dashes to be seen."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    labels = [_wrapped(label) for label in labels]
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, handlelength=3)
+
+
+@contextmanager
+def method_panels(
+    panels: Mapping[str, Mapping[str, object]], xlabel: str, theme: str, *, alike: bool = True
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Panels side by side with a line a method, named at the left; ``alike``: of one range."""
+    labels = [_wrapped(label) for label in next(iter(panels.values()))]
+    titles = [_wrapped(title, 33) for title in panels]
+    width = 2.4 + 2.6 * len(panels)
+    xlabel = _wrapped(xlabel, int(11 * width))
+    row = 0.28 + 0.17 * max(label.count("\n") for label in labels)
+    lines = 1 + xlabel.count("\n") + max(title.count("\n") for title in titles)
+    height = 0.93 + row * len(labels) + 0.17 * lines
+    figures = themed_figure(theme, len(panels), width, height, sharex=alike, sharey=True)
+    with figures as (figure, axes):
+        for ax, title in zip(axes, titles, strict=True):
+            _title(ax, title)
+            ax.grid(axis="y", visible=False)
+            ax.locator_params(axis="x", nbins=5)  # labels of more would touch
+        axes[0].set_yticks(range(len(labels)), labels)
+        axes[0].set_ylim(len(labels) - 0.5, -0.5)
+        figure.supxlabel(xlabel, fontsize=10)
+        yield figure, axes
+
+
+def _wrapped(text: str, width: int = 30) -> str:
+    """In lines of up to ``width`` characters: longer ones would push the axes out of a picture."""
+    lines = textwrap.wrap(text, width, max_lines=4, placeholder=" …", break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 @contextmanager
 def themed_figure(
-    theme: str, panels: int, width: float, height: float = 3.6, *, shared: bool = False
+    theme: str,
+    panels: int,
+    width: float,
+    height: float = 3.6,
+    *,
+    sharex: bool = False,
+    sharey: bool = False,
 ) -> Any:
-    """A figure with ``panels`` axes side by side in the colours of the page; ``shared``: of the
-    same range in both directions, with labels at the left alone."""
+    """A figure with ``panels`` axes side by side in the colours of the page; of the same range
+    where they share it, with labels at the left alone."""
     colors = THEMES[theme]
     style: Any = {
         "figure.facecolor": colors["paper"],
@@ -296,7 +311,7 @@ def themed_figure(
         # No pyplot: nothing global, no window, nothing to close.
         figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(1, panels, squeeze=False, sharex=shared, sharey=shared)
+        axes = figure.subplots(1, panels, squeeze=False, sharex=sharex, sharey=sharey)
         yield figure, list(axes[0])
 
 

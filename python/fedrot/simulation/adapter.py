@@ -14,13 +14,13 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fedrot.adapters.layers import PREFIX
 from fedrot.config import Lora
 from fedrot.errors import FedrotError
 from fedrot.factors import Factors, padded
 from fedrot.files import new_folder
 
 ADAPTER = "default"
-PREFIX = "base_model.model."
 
 
 def adapt(model: nn.Module, lora: Lora, targets: list[str]) -> PeftModel:

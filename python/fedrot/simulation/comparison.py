@@ -13,11 +13,11 @@ from fedrot.errors import FedrotError
 from fedrot.files import write_json
 from fedrot.methods import METHODS
 from fedrot.options import Tree, flatten, merge, parse_overrides, pick, read_yaml
-from fedrot.report.pages import MEANS, write_comparison_report
-from fedrot.report.results import Comparison, Group, clients_alone, mean_std
+from fedrot.progress import Track, no_progress
+from fedrot.results import MEANS, Comparison, Group, clients_alone
 from fedrot.simulation.rounds import federate
 from fedrot.simulation.run_dir import RunDir
-from fedrot.tasks.base import Track, no_progress
+from fedrot.statistics import mean_std
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,9 @@ def compare(
     Raises:
         FedrotError: an option is wrong (found before anything runs), or as :func:`federate`.
     """
+    # Here, as matplotlib takes a second to import, which the processes of a sweep save.
+    from fedrot.report.pages import write_comparison_report
+
     _check(variants, settings, options)
     plan = [
         (

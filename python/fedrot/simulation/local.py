@@ -20,10 +20,11 @@ from torch.nn.functional import pad
 
 from fedrot.config import Local
 from fedrot.factors import Factors
+from fedrot.progress import Track, no_progress
 from fedrot.simulation.grouped import GroupedLayers, grouped
 from fedrot.simulation.memory import Memory
 from fedrot.tasks import Batch
-from fedrot.tasks.base import Track, example_losses, example_terms, no_progress, trim
+from fedrot.tasks.base import example_losses, example_terms, trim
 
 NO_EXAMPLE = -1  # in a batch that is not full
 

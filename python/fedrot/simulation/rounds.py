@@ -21,7 +21,7 @@ from fedrot.factors import Factors, padded, truncate
 from fedrot.files import new_file
 from fedrot.gauge import regauge
 from fedrot.methods import Server
-from fedrot.report.pages import write_run_report
+from fedrot.progress import Track, no_progress
 from fedrot.server import Upload, serve
 from fedrot.simulation import attacks, checkpoint, loggers
 from fedrot.simulation.adapter import (
@@ -35,6 +35,7 @@ from fedrot.simulation.adapter import (
     set_factors,
     set_head,
 )
+from fedrot.simulation.data import divide
 from fedrot.simulation.grouped import mixed_layer
 from fedrot.simulation.local import draw_batches, train_clients
 from fedrot.simulation.measures import alignment, chosen_ranks, summarised
@@ -43,8 +44,6 @@ from fedrot.simulation.participants import own_model, participants, start
 from fedrot.simulation.run_dir import Row, RunDir, open_run
 from fedrot.simulation.seeding import generator
 from fedrot.tasks import TaskData
-from fedrot.tasks.base import Track, no_progress
-from fedrot.tasks.partition import hold_out, split, split_test
 
 
 @dataclass(frozen=True)
@@ -158,6 +157,9 @@ def federate(
         summary = summarised(federation, rows)
         _save_model(federation, run, server)
         if report:
+            # Here, as matplotlib takes a second to import, which the runs of a sweep save.
+            from fedrot.report.pages import write_run_report
+
             write_run_report(run.path, config, summary, rows)
         run.finish(summary)
         return summary
@@ -167,13 +169,9 @@ def prepare(config: Config, track: Track = no_progress) -> Federation:
     """Data, partition and adapted model of a configuration."""
     device = device_of(config.device)
     data = config.task.prepare(config.seed, track, config.clients.by_column)
-    if config.validation:
-        data = _with_validation(data, config)
+    data, examples, local_tests = divide(data, config)
     base = config.task.load_model(data).to(device)
     model = adapt(base, config.lora, config.task.lora_targets(base))
-    examples = split(data, config.clients, config.seed)
-    local_tests = split_test(data, examples) if config.clients.local_test else []
-    data, examples = attacks.poisoned(data, examples, config.clients)
     if layer := mixed_layer(model, data.train):
         if config.local.together not in (None, 1):
             raise FedrotError(
@@ -200,22 +198,6 @@ def device_of(name: str) -> torch.device:
         raise FedrotError("device=cuda, but PyTorch finds no CUDA device; device=cpu needs none")
     cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if cuda else "cpu")
-
-
-def _with_validation(data: TaskData, config: Config) -> TaskData:
-    """The same task with a part of its training examples in the place of the test part."""
-    order = torch.randperm(len(data.labels), generator=generator(config.seed, "validation"))
-    column = config.clients.by_column  # of whose values each keeps an example
-    groups = [values for name, values in data.columns.items() if name == column]
-    count = max(1, round(config.validation * len(order)))
-    held, kept = hold_out(order, count, groups, f"validation={config.validation}")
-    return replace(
-        data,
-        train={key: value[kept] for key, value in data.train.items()},
-        test={key: value[held] for key, value in data.train.items()},
-        labels=data.labels[kept],
-        columns={name: values[kept] for name, values in data.columns.items()},
-    )
 
 
 def run_round(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedrot.report.results import Difference, MeanStd, mean_std, paired
 from fedrot.simulation.run_dir import RunDir
+from fedrot.statistics import Difference, MeanStd, mean_std, paired
 from fedrot.sweep.experiment import Cell, Experiment
 from fedrot.sweep.runner import Outcome, Summary
 

@@ -100,6 +100,10 @@ class Experiment:
         found = plain if len({*plain}) == len(plain) else named
         return [text or "default" for text in found]
 
+    @property
+    def run_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
+
     def trials(self, variant: Variant) -> list[Tree]:
         """What to try for one method, options by dotted key; one empty trial without ``tune``."""
         axes = {key: values for key, values in self.tune.items() if self.tunable(variant, key)}

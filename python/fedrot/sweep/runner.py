@@ -17,11 +17,13 @@ from fedrot.config import Config
 from fedrot.errors import Diverged, Refused
 from fedrot.files import remove, write_json
 from fedrot.options import Tree
+from fedrot.progress import Track, no_progress
 from fedrot.simulation.comparison import Variant
 from fedrot.simulation.run_dir import RunDir, open_run
 from fedrot.sweep.experiment import TUNE_SEED, Cell, Experiment
-from fedrot.tasks.base import Track, no_progress
+from fedrot.tasks import Task, TaskData
 
+FAILED = "failed.json"  # in the folder of a run that diverged
 Summary = dict[str, Any]
 
 
@@ -72,12 +74,14 @@ def run_experiment(
         FedrotError: ``out`` holds runs of another configuration, or data and options of a cell do
             not go together.
     """
+    left = [cell for cell in experiment.cells if force or not _ended(experiment, out, cell)]
+    _check_data(experiment, left, track)
     if force:
         from fedrot.simulation.rounds import prepare
 
         variant, seed = experiment.methods[0], experiment.first_seed
         trial = experiment.trials(variant)[0]
-        for cell in experiment.cells:  # what only the data show, while the earlier runs are there
+        for cell in experiment.cells:  # what only the model shows, while the earlier runs are there
             prepare(experiment.config(cell, variant, trial, seed, tuning=False), track)
         clear(out)
     pairs = [(cell, variant) for cell in experiment.cells for variant in experiment.methods]
@@ -116,9 +120,9 @@ def run_experiment(
         finals[key] = [
             Job(
                 experiment.config(cell, variant, chosen[key].options, seed, tuning=False),
-                out / "runs" / cell.folder / variant.folder / f"seed-{seed}",
+                _folder(out, cell, variant, seed),
             )
-            for seed in range(experiment.first_seed, experiment.first_seed + experiment.seeds)
+            for seed in experiment.run_seeds
         ]
     found = _run([job for jobs in finals.values() for job in jobs], workers, track, "runs")
     return [
@@ -131,6 +135,41 @@ def run_experiment(
         )
         for cell, variant in pairs
     ]
+
+
+def _check_data(experiment: Experiment, cells: Sequence[Cell], track: Track) -> None:
+    """Whether data and options of the cells go together, with a validation part and without.
+
+    Cells of one task share its data, of the seed that runs first: the base model that is made where
+    it is missing is that of the first run.
+    """
+    from fedrot.simulation.data import divide
+
+    tuned = [v for v in experiment.methods if len(experiment.trials(v)) > 1]
+    variant = [*tuned, experiment.methods[0]][0]
+    trial, seed = experiment.trials(variant)[0], TUNE_SEED if tuned else experiment.first_seed
+    found: dict[tuple[Task, str | None], TaskData] = {}
+    for cell in cells:
+        for tuning in (True, False) if tuned else (False,):
+            config = experiment.config(cell, variant, trial, seed, tuning)
+            key = config.task, config.clients.by_column
+            if key not in found:
+                found[key] = config.task.prepare(seed, track, config.clients.by_column)
+            divide(found[key], config)
+
+
+def _folder(out: Path, cell: Cell, variant: Variant, seed: int) -> Path:
+    return out / "runs" / cell.folder / variant.folder / f"seed-{seed}"
+
+
+def _ended(experiment: Experiment, out: Path, cell: Cell) -> bool:
+    """Whether all runs of a cell have finished or failed."""
+    folders = (
+        _folder(out, cell, variant, seed)
+        for variant in experiment.methods
+        for seed in experiment.run_seeds
+    )
+    return all(RunDir(path).finished or (path / FAILED).is_file() for path in folders)
 
 
 def clear(out: Path) -> None:
@@ -165,8 +204,8 @@ def _run(jobs: Sequence[Job], workers: int, track: Track, label: str) -> dict[Pa
 
 def _failure(job: Job) -> bool | None:
     """``None``: still to run; else whether it has failed. A run that is there must be the same."""
-    if (job.path / "failed.json").is_file():
-        failed = json.loads((job.path / "failed.json").read_text(encoding="utf-8"))
+    if (job.path / FAILED).is_file():
+        failed = json.loads((job.path / FAILED).read_text(encoding="utf-8"))
         if failed["config"] == job.config.tree():
             return True
     if not job.path.exists():
@@ -224,5 +263,5 @@ def _one(job: Job) -> Summary | None:
     try:
         return federate(job.config, job.path, resume=True, report=False)
     except Diverged as error:
-        write_json(job.path / "failed.json", {"config": job.config.tree(), "error": str(error)})
+        write_json(job.path / FAILED, {"config": job.config.tree(), "error": str(error)})
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedrot.errors import FedrotError
+from fedrot.progress import Track, no_progress
 
 # Keyword arguments of the model's forward, labels included; the first dimension counts examples.
 # Labels are (n,) classes, or (n, T) tokens with IGNORE where nothing is to be predicted.
@@ -19,14 +20,6 @@ from fedrot.errors import FedrotError
 Batch = dict[str, Tensor]
 
 IGNORE = -100  # transformers' label of a token that is not predicted
-
-# Wraps the iterations of a long loop to show them: `for x in track(range(n), "label")`.
-Track = Callable[[Iterable[Any], str], Iterable[Any]]
-
-
-def no_progress(items: Iterable[Any], label: str) -> Iterable[Any]:
-    """A :data:`Track` that shows nothing."""
-    return items
 
 
 @dataclass(frozen=True)

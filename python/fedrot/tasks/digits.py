@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from fedrot.errors import FedrotError
 from fedrot.options import option
+from fedrot.progress import Track, no_progress
 from fedrot.tasks import base as shared
 from fedrot.tasks.attention import short_attention
-from fedrot.tasks.base import Batch, TaskData, Track, no_progress, query_and_value
+from fedrot.tasks.base import Batch, TaskData, query_and_value
 from fedrot.tasks.cache import cached, facts, made_by, quiet
 
 ARCHITECTURE: dict[str, Any] = {

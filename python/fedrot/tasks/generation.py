@@ -13,8 +13,9 @@ from torch import nn
 
 from fedrot.hub import SOURCES, data_folder, model_folder
 from fedrot.options import option
+from fedrot.progress import Track, no_progress
 from fedrot.tasks import base as shared
-from fedrot.tasks.base import Batch, TaskData, Track, no_progress
+from fedrot.tasks.base import Batch, TaskData
 from fedrot.tasks.encode import generate, prompts_of, tokenizer_of
 from fedrot.tasks.execute import passes
 from fedrot.tasks.files import Columns, column, read_part

@@ -9,7 +9,8 @@ import torch
 
 from fedrot.hub import SOURCES, data_folder, model_folder
 from fedrot.options import option
-from fedrot.tasks.base import TaskData, Track, no_progress
+from fedrot.progress import Track, no_progress
+from fedrot.tasks.base import TaskData
 from fedrot.tasks.files import column, read_part
 from fedrot.tasks.text import TextTask, assemble, classify_examples
 

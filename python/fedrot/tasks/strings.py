@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fedrot.options import option
+from fedrot.progress import Track, no_progress
 from fedrot.tasks import base as shared
 from fedrot.tasks.attention import short_attention
-from fedrot.tasks.base import IGNORE, Batch, TaskData, Track, no_progress
+from fedrot.tasks.base import IGNORE, Batch, TaskData
 from fedrot.tasks.cache import cached, facts, made_by, quiet
 
 DIGITS = 4  # in a string
@@ -159,8 +160,3 @@ def _examples(
     labels = ids.clone()
     labels[:, :PROMPT] = IGNORE
     return {"input_ids": ids, "labels": labels}, name, order
-
-
-def spell(tokens: Tensor) -> str:
-    """Tokens as words."""
-    return " ".join(VOCABULARY[token] for token in tokens.tolist())

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fedrot.errors import FedrotError, first_line
 from fedrot.hub import data_folder, model_folder
 from fedrot.options import option
+from fedrot.progress import Track, no_progress
 from fedrot.tasks import base as shared
-from fedrot.tasks.base import Batch, TaskData, Track, no_progress, query_and_value
+from fedrot.tasks.base import Batch, TaskData, query_and_value
 from fedrot.tasks.cache import quiet
 from fedrot.tasks.encode import classification, codes, generation, tokenizer_of
 from fedrot.tasks.files import Columns, column, joined, part_files, read_file

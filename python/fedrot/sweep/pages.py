@@ -8,14 +8,16 @@ from pathlib import Path
 
 import matplotlib
 
-from fedrot.bench.tables import markdown
-from fedrot.files import new_file, write_json, write_text
-from fedrot.report import html, plots, sweep_plots
-from fedrot.sweep.analysis import Difference, Results
+from fedrot.files import write_bytes, write_json, write_text
+from fedrot.report import html, markdown
+from fedrot.report.html import Pictures
+from fedrot.report.plots import bars, mean_curves
+from fedrot.statistics import plus_minus
+from fedrot.sweep import plots
+from fedrot.sweep.analysis import Results
 from fedrot.sweep.experiment import Cell, short_names
 
 Table = tuple[str, list[str], list[list[str]]]  # heading, header, rows
-Pictures = dict[str, tuple[html.Picture, str]]
 Format = Callable[[Results, Cell, str], str]
 
 LOCAL = "accuracy_local"
@@ -27,9 +29,10 @@ MEASURES: tuple[Measure, ...] = (
 WORDS = (
     "Accuracy: mean ± sample standard deviation over seeds, on test examples that no tuning has "
     "seen. Difference: against the first method, paired by seed, with its 95 % t-interval; * where "
-    "that excludes 0 (each interval on its own: of twenty, one does so by chance). Error: "
-    "Frobenius norm of (weighted mean of B_i A_i) - B A, mean over rounds, along each method's own "
-    "trajectory; error ratio: the same relative to plain averaging of the same uploads."
+    "that excludes 0 with more than two seeds (each interval on its own: one in twenty does so by "
+    "chance). Error: Frobenius norm of (weighted mean of B_i A_i) - B A, mean over rounds, along "
+    "each method's own trajectory; error ratio: the same relative to plain averaging of the same "
+    "uploads."
 )
 
 
@@ -38,8 +41,7 @@ def write_results(results: Results, out: Path) -> list[Path]:
     pictures = _pictures(results)
     with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a value is a $
         for name, (picture, _) in pictures.items():
-            with new_file(out / name) as fresh:
-                fresh.write_bytes(picture(theme="light"))
+            write_bytes(out / name, picture(theme="light"))
         page = _page(results, pictures)
     write_json(out / "results.json", results.as_tree())
     write_text(out / "report.md", _markdown(results, pictures))
@@ -105,7 +107,7 @@ def _by_method(results: Results, heading: str, form: Format) -> Table:
 
 
 def _accuracy(results: Results, cell: Cell, method: str, key: str = "accuracy") -> str:
-    return _plus_minus(results.spread(cell, method, key), ".3f")
+    return plus_minus(results.spread(cell, method, key), ".3f")
 
 
 def _difference(results: Results, cell: Cell, method: str, key: str = "accuracy") -> str:
@@ -121,12 +123,12 @@ def _error(results: Results, cell: Cell, method: str) -> str:
     ratio = results.spread(cell, method, "error_ratio")
     if error is None:
         return "-"
-    beside = "" if ratio is None else f" (ratio {_plus_minus(ratio, '.2f')})"
+    beside = "" if ratio is None else f" (ratio {plus_minus(ratio, '.2f')})"
     return f"{error[0]:.3g}{beside}"
 
 
 def _seconds(results: Results, cell: Cell, method: str) -> str:
-    return _plus_minus(results.spread(cell, method, "seconds_aggregation"), ".3f")
+    return plus_minus(results.spread(cell, method, "seconds_aggregation"), ".3f")
 
 
 def _tuned(results: Results, cell: Cell, method: str) -> str:
@@ -138,13 +140,6 @@ def _tuned(results: Results, cell: Cell, method: str) -> str:
     )
     score = next((score for options, score in tuned.scores if options is tuned.options), None)
     return f"{chosen} ({score:.3f})" if score is not None else chosen or "-"
-
-
-def _plus_minus(found: tuple[float, float | None] | None, form: str) -> str:
-    if found is None:
-        return "-"
-    mean, std = found
-    return format(mean, form) if std is None else f"{mean:{form}} ± {std:{form}}"
 
 
 def _lead(results: Results) -> str:
@@ -170,7 +165,7 @@ def _markdown(results: Results, pictures: Pictures) -> str:
         lines += [f"Claim: {experiment.claim}", ""]
     lines += [f"- {text}" for text in failures(results)]
     for heading, header, rows in tables(results):
-        lines += [f"## {heading}", "", markdown(header, rows)]
+        lines += [f"## {heading}", "", markdown.table(header, rows)]
     lines += [WORDS, ""]
     for name, (_, caption) in pictures.items():
         lines += [f"![{caption}]({name})", ""]
@@ -188,15 +183,16 @@ def _pictures(results: Results) -> Pictures:
         for label, cell in labels.items()
     }
     out["error-ratio.png"] = (
-        partial(sweep_plots.bars, ratios, "aggregation error / plain averaging", line=1.0),
+        partial(bars, ratios, "aggregation error / plain averaging", ".2f", line=1.0),
         "Aggregation error relative to plain averaging of the same uploads.",
     )
     for label, cell in labels.items():
         for begin, key, words in measures:
-            curves = {m: c for m in methods if (c := results.curves(cell, m, key))}
-            if curves and all(len(seed) > 2 for seeds in curves.values() for seed in seeds):
+            curves = {m: results.curves(cell, m, key) for m in methods}
+            lengths = [len(seed) for seeds in curves.values() for seed in seeds]
+            if min(lengths, default=0) > 2:
                 out[f"{begin}rounds-{cell.folder}.png"] = (
-                    partial(plots.mean_curves, curves, sweep_plots.shortened(label), words),
+                    partial(mean_curves, curves, plots.shortened(label), words),
                     f"{label}: {words} over rounds, mean and standard deviation over seeds.",
                 )
     return out
@@ -212,7 +208,7 @@ def _accuracy_pictures(results: Results, labels: dict[str, Cell], measure: Measu
         texts = results.experiment.texts(axis)
         lines = {m: [results.spread(cell, m, key) for cell in labels.values()] for m in methods}
         out[f"{begin}accuracy.png"] = (
-            partial(sweep_plots.over_axis, axis, texts, lines, words),
+            partial(plots.over_axis, axis, texts, lines, words),
             f"{words.capitalize()} along {axis}, mean and standard deviation over seeds.",
         )
     else:
@@ -221,21 +217,17 @@ def _accuracy_pictures(results: Results, labels: dict[str, Cell], measure: Measu
             for label, cell in labels.items()
         }
         out[f"{begin}accuracy.png"] = (
-            partial(sweep_plots.bars, panels, words),
+            partial(bars, panels, words, ".3f"),
             f"{words.capitalize()}, mean and standard deviation over seeds.",
         )
     if len(methods) > 1 and results.experiment.seeds > 1:
         found = {
-            label: {m: _interval(results.difference(cell, m, key)) for m in methods[1:]}
+            label: {m: results.difference(cell, m, key) for m in methods[1:]}
             for label, cell in labels.items()
         }
         out[f"{begin}differences.png"] = (
-            partial(sweep_plots.differences, found, f"{words}, difference to {methods[0]}"),
+            partial(plots.differences, found, f"{words}, difference to {methods[0]}"),
             f"{words.capitalize()}, difference to {methods[0]}, paired by seed, with 95 % "
-            "intervals; grey where they hold 0.",
+            "intervals; grey where they hold 0 or two seeds are too few to tell.",
         )
     return out
-
-
-def _interval(found: Difference | None) -> tuple[float, float, float] | None:
-    return None if found is None else (found.mean, found.low, found.high)

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
+from fedrot.statistics import MeanStd, mean_std
 
 CLIENT_ALONE = "one client alone"
-
-MeanStd = tuple[float, float | None]  # std is None for a single seed
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A method against its baseline, paired by seed."""
-
-    mean: float
-    low: float  # 95 % interval, Student's t over seeds
-    high: float
-    pairs: int
-
-    @property
-    def enough(self) -> bool:
-        """Two seeds say nothing: equal differences of theirs have no spread at all."""
-        return self.pairs > 2
-
-    @property
-    def certain(self) -> bool:
-        return self.enough and (self.low > 0 or self.high < 0)
+MEANS = (  # of a group beside its accuracy: key, heading, format
+    ("accuracy_averaged", "of the average", ".3f"),  # where clients keep a part
+    ("accuracy_local", "local", ".3f"),
+    ("aggregation_error", "error", ".3f"),
+    ("aggregation_error_plain", "plain", ".3f"),
+    ("rotation_angle", "angle", ".1f"),
+    ("rank", "rank", ".1f"),  # of methods that choose it
+)
 
 
 @dataclass(frozen=True)
@@ -84,11 +69,11 @@ class Comparison:
         pairs = zip(group.summaries, baseline.summaries, strict=True)
         return [a["accuracy"] - b["accuracy"] for a, b in pairs]
 
-    def by_method(self, key: str) -> dict[str, list[list[float] | None]]:
-        """Per method, and per setting, the values over seeds."""
-        labels = dict.fromkeys(group.method for group in self.groups)
-        found = {(g.method, g.setting): g.values(key) for g in self.groups}
-        return {m: [found.get((m, s)) for s in self.settings] for m in labels}
+    def spreads(self, key: str) -> dict[str, dict[str, MeanStd | None]]:
+        """Per setting, and per method of any setting, mean and deviation over seeds."""
+        methods = dict.fromkeys(group.method for group in self.groups)
+        found = {(g.setting, g.method): mean_std(g.values(key)) for g in self.groups}
+        return {self.label(s): {m: found.get((s, m)) for m in methods} for s in self.settings}
 
 
 def clients_alone(group: Group) -> Group | None:
@@ -100,23 +85,3 @@ def clients_alone(group: Group) -> Group | None:
         for s in group.summaries
     ]
     return Group(group.setting, CLIENT_ALONE, summaries, [], [])
-
-
-def mean_std(values: Sequence[float] | None) -> MeanStd | None:
-    """Mean and sample standard deviation, which one value has not, nor values that are not
-    finite."""
-    if not values:
-        return None
-    if not all(map(math.isfinite, values)):
-        return sum(values) / len(values), None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def paired(differences: Sequence[float]) -> Difference | None:
-    """Their mean and its interval; ``None`` for fewer than two."""
-    n = len(differences)
-    if n < 2:
-        return None
-    mean = statistics.fmean(differences)
-    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
-    return Difference(mean, mean - half, mean + half, n)
