@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Factors:
     """LoRA factors by module name: ``A[name]`` ``(r, k)`` and ``B[name]`` ``(d, r)``.
 
@@ -28,6 +28,12 @@ class Factors:
             for module, t in factors.items():
                 if not isinstance(t, Tensor):
                     raise TypeError(f"{side}[{module!r}] must be a tensor, got {type(t).__name__}")
+
+    def __repr__(self) -> str:
+        """Without the values, which are many."""
+        ranks = sorted({A.shape[0] for A in self.A.values()})
+        of = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
+        return f"Factors({len(self.A)} layers{of})"
 
 
 def check_factors(value: object, name: str) -> Factors:

@@ -224,6 +224,16 @@ def test_misalignment_and_origin(tools, tmp_path):
         merged.save(folder, force=True)
 
 
+def test_what_is_printed_holds_no_values(tools):
+    models = [tools.adapted(seed) for seed in range(2)]
+    merged = fedrot.aggregate(models, method=FedRot(0.5))
+    assert repr(merged).startswith(f"Merged(LoRA: 2 adapters, {len(merged.tensors)} tensors, FedRo")
+    layers, rank = len(merged.factors.A), next(iter(merged.factors.A.values())).shape[0]
+    assert repr(merged.factors) == f"Factors({layers} layers of rank {rank})"
+    adapter = f"Adapter(adapters[0] ('default'): LoRA, {len(merged.tensors)} tensors)"
+    assert repr(merged.uploads) == f"Uploads(2 adapters, toward {adapter})"
+
+
 def test_the_error_is_that_of_what_is_stored(tools):
     """At full rank nothing is lost but by rounding to bfloat16."""
     models = [tools.adapted(seed, torch.bfloat16) for seed in range(2)]

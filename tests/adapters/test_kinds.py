@@ -129,7 +129,7 @@ def test_methods_of_lora_are_refused(tools):
         with pytest.raises(FedrotError, match=named):
             fedrot.aggregate([model], **options)
     found = read(model, "a")
-    with pytest.raises(FedrotError, match="rank must be left out for LoHa, .* got 8"):
+    with pytest.raises(FedrotError, match=r"rank must be left out for LoHa, .* got 8"):
         gather([found], found, rank=8)
     with pytest.raises(FedrotError, match=r"energy must be left out for LoHa, .* got 0\.95"):
         measure_spectrum(gather([found], found))

@@ -15,7 +15,7 @@ from fedrot.errors import FedrotError
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """One adapter: where it comes from, its configuration, its tensors on the CPU."""
 
@@ -26,6 +26,11 @@ class Adapter:
     path: Path | None = None  # its folder, if it was read from one
     kind: Kind | None = None  # None: LoRA
     sha256: dict[str, str] | None = None  # of its files when they were read
+
+    def __repr__(self) -> str:
+        """Without the values, which are many."""
+        kind = self.kind.title if self.kind else "LoRA"
+        return f"Adapter({self.source}: {kind}, {len(self.tensors)} tensors)"
 
 
 def checked(

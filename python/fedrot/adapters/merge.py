@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fedrot.adapters.sources import Source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Merged:
     """One adapter out of several: PEFT's state dict and configuration, and what they came from.
 
@@ -53,6 +53,12 @@ class Merged:
     spectrum: Spectrum | None = None  # where it decided the ranks
     distances: dict[str, float] | None = None  # None for LoRA; see `kinds.align`
     lam: Tensor | None = None  # what was found for "auto": see `Method.aggregate_with_lam`
+
+    def __repr__(self) -> str:
+        """Without the values, which are many."""
+        kind = self.uploads.target.kind
+        of = f"{len(self.uploads.adapters)} adapters, {len(self.tensors)} tensors"
+        return f"Merged({kind.title if kind else 'LoRA'}: {of}, {self.method})"
 
     @property
     def lora_config(self) -> PeftConfig:

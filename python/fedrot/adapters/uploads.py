@@ -21,7 +21,7 @@ DORA_NOTE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Uploads:
     """The factors of all clients and of the reference, on the reference's scale, and all else.
 
@@ -35,6 +35,10 @@ class Uploads:
     target: Adapter  # the reference in the wanted ranks: says what the result looks like
     adapters: list[Adapter]
     notes: list[str]
+
+    def __repr__(self) -> str:
+        """Without the values, which are many."""
+        return f"Uploads({len(self.adapters)} adapters, toward {self.target!r})"
 
     @property
     def like(self) -> Factors:

@@ -128,8 +128,8 @@ class Kind(ABC):
         ):
             if value != default:
                 raise FedrotError(
-                    f"{option} must be left alone for {self.title}, which has no factors to rotate, "
-                    f"got {value!r}"
+                    f"{option} must be left alone for {self.title}, which has no factors to "
+                    f"rotate, got {value!r}"
                 )
 
     def scale(self, config: Config, reference: Config, key: str) -> float:
