@@ -18,6 +18,7 @@ from fedrot.config import load
 from fedrot.errors import FedrotError
 from fedrot.methods import FedIT, FedRot
 from fedrot.options import parse_overrides
+from fedrot.report.pages import comparison_table
 from fedrot.results import Comparison, Group
 from fedrot.simulation import rounds
 from fedrot.simulation.comparison import configure, merge_command, parse_variant
@@ -181,7 +182,12 @@ def test_compare(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "method",
-    ["fedrot", "robust:rule=trimmed:attackers=1:align=A:proper=true", "flexlora:gauge=reference"],
+    [
+        "fedrot",
+        "robust:rule=trimmed:attackers=1:align=A:proper=true",
+        "robust:rule=clip:bound=0.5",
+        "flexlora:gauge=reference",
+    ],
 )
 def test_the_line_that_compare_prints_gives_the_same_adapter(tmp_path, method):
     from safetensors.torch import load_file
@@ -204,8 +210,8 @@ def test_the_line_that_compare_prints_gives_the_same_adapter(tmp_path, method):
 
 def test_no_such_line_for_a_method_that_aggregate_does_not_have(tmp_path):
     out = tmp_path / "c"
-    methods = "fedex,hetlora:norm_weights=false,robust:rule=clip:bound=1"
-    args = ["compare", "--methods", methods, "--settings", "one-shot"]
+    methods = "fedex,hetlora:norm_weights=false,robust:rule=clip"
+    args = ["compare", "--methods", methods, "--settings", "one-shot", "local.head=true"]
     result = run(*args, "--seeds", "1", "--output", out, *TINY)
     assert result.exit_code == 0, result.output
     assert "fedrot aggregate" not in result.stdout
@@ -213,6 +219,7 @@ def test_no_such_line_for_a_method_that_aggregate_does_not_have(tmp_path):
     wrong = run("compare", "--methods", "fedit,ffa", "--output", tmp_path / "d", *TINY)
     assert wrong.exit_code == 1 and not (tmp_path / "d").exists()
     assert "FFA-LoRA has one A for all clients, regauge gives each its own" in wrong.stderr
+    assert wrong.stderr.endswith("(FFA-LoRA in the setting regauge)\n")
 
 
 @pytest.mark.parametrize(
@@ -316,6 +323,16 @@ def test_the_command_that_merges_once_more(tmp_path, method, options):
     line = merge_command(Comparison("t", [0], ["one-shot"], ["m"], [group]))
     command = f"fedrot aggregate {tmp_path}/clients/client-* {options} -o {tmp_path}/merged"
     assert line == (options and command)
+
+
+def test_small_errors_are_not_printed_as_none():
+    def row(error):
+        found = {"accuracy": 0.5, "aggregation_error": error}
+        group = Group("rounds", "a", [found], [], [])
+        header, (cells,) = comparison_table(Comparison("t", [0], ["rounds"], ["a"], [group]))
+        return dict(zip(header, cells, strict=True))["error"]
+
+    assert [row(error) for error in (0.0, 2.34e-7, 0.0126)] == ["0.000", "2e-07", "0.013"]
 
 
 def test_paired_interval():

@@ -149,7 +149,10 @@ def findings(comparison: Comparison) -> list[str]:
 
 
 def _mean(values: MeanStd | None, form: str) -> str:
-    return "-" if values is None else format(values[0], form)
+    if values is None:
+        return "-"
+    text = format(values[0], form)
+    return f"{values[0]:.0e}" if values[0] and not float(text) else text  # small, and not none
 
 
 def _about(setting: str, synthetic: bool, prefix: str = "") -> list[str]:

@@ -63,11 +63,7 @@ def compare(
 
     _check(variants, settings, options)
     plan = [
-        (
-            setting,
-            variant,
-            [configure(options, variant, {"setting": setting, "seed": seed}) for seed in seeds],
-        )
+        (setting, variant, _configs(options, variant, setting, seeds))
         for setting in settings
         for variant in variants
     ]
@@ -124,12 +120,13 @@ def _aggregate_options(method: Tree, head: bool) -> str | None:
         return "--lam 0.0"
     if name == "flexlora" and method["gauge"] == "reference" and method["energy"] is None:
         return "--rule exact"
-    if name == "robust" and method["rule"] == "clip" and (head or method["bound"]):
-        return None  # there is no --bound; here heads are clipped around the untrained one
+    if name == "robust" and method["rule"] == "clip" and head:
+        return None  # here heads are clipped around the untrained one
     turn, rule = f"--lam {method.get('lam')}", ""
     if name == "robust":
         count = method["attackers"]
         rule = f" --rule {method['rule']}{'' if count is None else f' --attackers {count}'}"
+        rule += f" --bound {method['bound']}" if method["bound"] else ""
     elif name == "fedrot" and method["rotation"] in ("procrustes", "shifted"):
         if method["align"] == "alternate":  # its first round is plain
             return "--lam 0.0"
@@ -164,6 +161,13 @@ def _check(variants: Sequence[Variant], settings: Sequence[str], options: Tree) 
         option = key.removeprefix("method.")
         if not any(has_option(v, option, common) for v in variants):
             raise FedrotError(f"none of the compared methods has the option {key!r}")
+
+
+def _configs(options: Tree, variant: Variant, setting: str, seeds: Sequence[int]) -> list[Config]:
+    try:
+        return [configure(options, variant, {"setting": setting, "seed": seed}) for seed in seeds]
+    except FedrotError as error:
+        raise FedrotError(f"{error} ({variant.label} in the setting {setting})") from error
 
 
 def has_option(variant: Variant, option: str, common: Any = None) -> bool:
