@@ -290,5 +290,5 @@ def test_overflow_names_the_layer():
     lora_A[3] = torch.full((1, 4), 1e6)  # client 1, layer 0: float16 does not hold it
     lora_A, lora_B = [lora_A[i] for i in (0, 1, 3, 4)], [lora_B[i] for i in (0, 1, 3, 4)]
     for implementation in (op, reference):
-        with pytest.raises(ValueError, match=r"\(layer 0\)"):
+        with pytest.raises(ValueError, match=r"\(layer 0; the largest client there is 1\)"):
             implementation.align_aggregate(lora_A, lora_B, *half)
