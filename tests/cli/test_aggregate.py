@@ -274,8 +274,9 @@ def test_a_robust_rule_leaves_out_the_bad_one(tmp_path):
     assert fedrot(*args, "--rule", "median", "--weights", "1,1,1,1,0", "--force")[2] == ""
     code, _, stderr = fedrot(*args, "--rule", "median", "--bound", 2, "--force")
     assert code == 1 and "--bound 2 is for --rule clip, got --rule median" in stderr
-    code, _, stderr = fedrot(*args, "--rule", "clip", "--bound", -1, "--force")
-    assert code == 1 and "--bound must be finite and not negative, got -1.0" in stderr
+    for bound, message in ((-1, "above 0, got -1"), (0, "above 0, got 0"), ("inf", "finite")):
+        code, _, stderr = fedrot(*args, "--rule", "clip", "--bound", bound, "--force")
+        assert code == 1 and f"--bound must be {message}" in stderr
     code, _, stderr = fedrot(*args, "--rule", "trimmed", "--attackers", 3, "--force")
     assert code == 1 and "needs at least 7 clients, got 5" in stderr
     code, _, stderr = fedrot(*args, "--rule", "median", "--lam", "auto", "--force")

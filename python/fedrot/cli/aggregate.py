@@ -192,6 +192,8 @@ def aggregate(
         )
     if bound is not None and rule is not Rule.clip:
         raise FedrotError(f"--bound {bound:g} is for --rule clip, got --rule {rule.value}")
+    if bound is not None and not bound > 0:  # 0 stands for the median in `Robust`
+        raise FedrotError(f"--bound must be above 0, got {bound:g}")
     turn = read_lam(lam)
     _check_rotation(rotation, eps, turn, align, rule)
     method: FedRot | FlexLoRA | Robust
