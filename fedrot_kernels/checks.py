@@ -254,7 +254,7 @@ def overflow(
         if not bool(torch.isfinite(t).all()):
             layer = index % layers
             pairs = zip(lora_A[layer::layers], lora_B[layer::layers], strict=True)
-            sizes = [float(A.abs().max()) * float(B.abs().max()) for A, B in pairs]
+            sizes = [max(float(A.abs().max()), float(B.abs().max())) for A, B in pairs]
             largest = sizes.index(max(sizes))
             return ValueError(f"{OVERFLOW} (layer {layer}; the largest client there is {largest})")
     return ValueError(OVERFLOW)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -31,7 +33,7 @@ class Factors:
 
     def __repr__(self) -> str:
         """Without the values, which are many."""
-        ranks = sorted({A.shape[0] for A in self.A.values()})
+        ranks = sorted({A.shape[0] for A in self.A.values() if A.dim()})
         of = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
         return f"Factors({len(self.A)} layers{of})"
 
@@ -62,6 +64,30 @@ def client_major(clients: Sequence[Factors]) -> tuple[list[Tensor], list[Tensor]
     return (
         list(chain.from_iterable(c.A.values() for c in clients)),
         list(chain.from_iterable(c.B.values() for c in clients)),
+    )
+
+
+HUGE = 2.0**50  # float32 has squares of this, and sums of them
+
+
+def largest(factors: Factors) -> float:
+    """The largest magnitude of any value; 0 where there is none."""
+    sizes = [
+        t.abs().amax().double() for t in (*factors.A.values(), *factors.B.values()) if t.numel()
+    ]
+    return float(torch.stack(sizes).amax()) if sizes else 0.0
+
+
+def within_range(factors: Factors) -> Factors:
+    """The factors, scaled down as a whole where values lie beyond ``HUGE``: directions, and so
+    rotations, stay what they are."""
+    size = largest(factors)
+    if not HUGE < size < math.inf:
+        return factors
+    scale = 2.0 ** (math.frexp(HUGE)[1] - math.frexp(size)[1])  # which rounds nothing
+    return Factors(
+        {module: (t * scale).to(t.dtype) for module, t in factors.A.items()},
+        {module: (t * scale).to(t.dtype) for module, t in factors.B.items()},
     )
 
 

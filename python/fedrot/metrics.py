@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import fedrot_kernels  # noqa: F401  (registers torch.ops.fedrot)
-from fedrot.factors import Factors, client_major
+from fedrot.factors import Factors, client_major, within_range
 from fedrot_kernels.checks import check_weight_values
 
 
@@ -57,7 +57,7 @@ def rotation_angles(
     The mean of the ``r`` principal angles (eigenvalues ``exp(+-i theta)``) of the hard rotation
     ``R*``: 0 where the bases agree. A client of smaller rank counts as zero-padded.
     """
-    lora_A, lora_B = client_major(uploads)
+    lora_A, lora_B = client_major([within_range(upload) for upload in uploads])
     ref_A, ref_B = list(reference.A.values()), list(reference.B.values())
     ranks = [A.shape[0] for A in ref_A] * len(uploads)
     rotations = torch.ops.fedrot.align(

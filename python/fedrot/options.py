@@ -46,12 +46,22 @@ def read_yaml(path: Path) -> Tree:
         return {}
     if not isinstance(content, dict):
         raise FedrotError(f"{path}: must hold keys and values, got {type(content).__name__}")
+    try:
+        return joined(content)
+    except FedrotError as error:
+        raise FedrotError(f"{path}: {error}") from error
+
+
+def joined(content: Mapping[Any, Any]) -> Tree:
+    """Options with nested or dotted keys as one tree.
+
+    Raises:
+        FedrotError: a key stands there twice, dotted and nested.
+    """
     trees = [nested(str(key), value) for key, value in content.items()]
-    seen: set[str] = set()
-    for key in (key for tree in trees for key in flatten(tree)):
-        if key in seen:
-            raise FedrotError(f"{path}: {key} stands there twice")
-        seen.add(key)
+    keys = [key for tree in trees for key in flatten(tree)]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise FedrotError(f"{twice} stands there twice")
     return merge(*trees)
 
 
@@ -68,7 +78,9 @@ def load_yaml(path: Path) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Here, before ``<<`` brings in the keys of another mapping."""
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else key
@@ -76,7 +88,7 @@ class _Loader(yaml.SafeLoader):
                 problem = f"{key.value} stands there twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(name)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def parse_overrides(overrides: Iterable[str]) -> Tree:

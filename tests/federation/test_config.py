@@ -137,6 +137,11 @@ def test_a_key_that_stands_twice(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(FedrotError, match=f"twice.yaml.*{message}"):
         read_yaml(file)
+    file.write_text("a: &a {x: 1}\nb:\n  inner: &b\n    <<: *a\n    x: 2\nc:\n  <<: *b\n")
+    assert read_yaml(file) == {"a": {"x": 1}, "b": {"inner": {"x": 2}}, "c": {"x": 2}}
+    file.write_text("a: !!map 3\n")
+    with pytest.raises(FedrotError, match="not valid YAML"):
+        read_yaml(file)
     file.write_text("local: {lr: 1}\nlocal.steps: 2\n")
     assert read_yaml(file) == {"local": {"lr": 1, "steps": 2}}
 

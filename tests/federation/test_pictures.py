@@ -97,6 +97,12 @@ def test_names_and_numbers_of_a_comparison_are_whole_and_apart(tmp_path, figures
             assert not a.overlaps(b)
 
 
+def test_curves_of_different_lengths():
+    """Where the number of rounds was tuned, methods may have chosen others."""
+    picture = plots.mean_curves({"a": [[0.1, 0.2]], "b": [[0.1, 0.2, 0.3], [0.2, 0.2, 0.2]]}, "t")
+    assert picture.startswith(b"\x89PNG")
+
+
 def test_the_legend_of_curves_covers_none_of_them(figures):
     plots.mean_curves({method: [[0.9, 0.95, 1.0]] for method in METHODS}, "t")
     (figure,) = figures

@@ -189,6 +189,14 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ({"tune": 3}, "tune must be keys and lists of values"),
         ({"tune": {"local": {"lr": 0.1}}}, "tune.local.lr must be a list of values, got 0.1"),
         ({"tune": {"local.lr": {}}}, "tune.local.lr must be a list of values, got {}"),
+        (
+            {"options": {"local.lr": 0.1, "local": {"lr": 0.2}}, "tune": {}},
+            "local.lr stands there twice",
+        ),
+        (
+            {"tune": {"local.lr": [0.1, 0.3], "local": {"lr": [0.5]}}},
+            "local.lr stands there twice",
+        ),
         ({"tune": {"local.lr": [1, "1e0"]}}, "tune.local.lr holds 1.0 twice"),
         ({"vary": {"clients.delay": [0, 0]}}, "vary.clients.delay holds 0 twice"),
         (

@@ -325,6 +325,12 @@ def test_the_largest_numbers_there_are_do_not_end_the_round(rule, size):
     assert distance(RULES[rule].aggregate(uploads, reference), honest) < 0.15
 
 
+def test_an_empty_factor_is_named():
+    empty = Factors({"m": torch.zeros(0, 1)}, {"m": torch.zeros(1, 0)})
+    with pytest.raises(ValueError, match=r"lora_A must be \(r <= 1, 1\) for client 2, layer 0"):
+        Robust("median").aggregate([scalar(1.0), scalar(2.0), empty], REFERENCE)
+
+
 def test_huge_clients_are_left_alone_where_they_are_half():
     uploads = [scalar(1e20), scalar(2e20), scalar(3.0)]
     assert Robust("median").aggregate(uploads, REFERENCE).B["m"].item() == pytest.approx(1e20)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from fedrot.adapters.adapter import Adapter, checked
@@ -33,10 +33,11 @@ def read_adapter(path: Path) -> Adapter:
     path = Path(path)
     if not path.is_dir():
         raise FedrotError(f"{path}: no such folder")
-    config = _read_config(path)
+    config, of_config = _read_config(path)
     kind_of(config, str(path))  # checks it, before its weights are read
-    adapter = checked(str(path), config, _read_weights(path), path=path)
-    return replace(adapter, sha256=_digests(path))
+    tensors, of_weights = _read_weights(path)
+    adapter = checked(str(path), config, tensors, path=path)
+    return replace(adapter, sha256={CONFIG: of_config, WEIGHTS: of_weights})
 
 
 def check_output(output: Path, inputs: Iterable[Path], force: bool) -> None:
@@ -67,27 +68,23 @@ def write_adapter(
         (fresh / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
 
 
-def _digests(path: Path) -> dict[str, str]:
-    """SHA-256 of the two files of an adapter folder, by file name."""
-    return {
-        name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in (CONFIG, WEIGHTS)
-    }
-
-
-def _read_config(path: Path) -> Config:
+def _read_config(path: Path) -> tuple[Config, str]:
+    """The configuration, and the SHA-256 of its file."""
     file = path / CONFIG
     if not file.is_file():
         raise FedrotError(f"{path}: {CONFIG} is missing, so this is not a PEFT adapter folder")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        data = file.read_bytes()
+        config = json.loads(data.decode("utf-8"))
     except ValueError as error:
         raise FedrotError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise FedrotError(f"{file}: must hold a JSON object, got {type(config).__name__}")
-    return config
+    return config, hashlib.sha256(data).hexdigest()
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors, and the SHA-256 of their file."""
     file = path / WEIGHTS
     if not file.is_file():
         if (path / PICKLED_WEIGHTS).is_file():
@@ -96,7 +93,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
                 f"load it with PEFT and save_pretrained() it again to get {WEIGHTS}"
             )
         raise FedrotError(f"{path}: {WEIGHTS} is missing")
+    data = file.read_bytes()
     try:
-        return load_file(file)
+        return load(data), hashlib.sha256(data).hexdigest()
     except SafetensorError as error:
         raise FedrotError(f"{file}: corrupt or not a safetensors file ({error})") from error

@@ -77,10 +77,14 @@ def inspect(
     if isinstance(wanted, int) and not several:
         raise FedrotError(f"--rank {wanted} pads a reference: there must be one, or two adapters")
     if not several:
-        alone = {"--lam": lam != "1.0", "--align": align is not Align.joint, "--weights": weights}
+        alone = {
+            "--lam": read_lam(lam) != 1.0,
+            "--align": align is not Align.joint,
+            "--weights": weights,
+        }
         for name, given in alone.items():
             if given:
-                raise FedrotError(f"{name} is of several adapters, or of one and a reference")
+                raise FedrotError(f"{name} needs several adapters, or one and a reference")
     uploads = measured = spectrum = None
     if several or wanted == "auto":
         # A spectrum has no need of one rank, nor of one that is large enough.

@@ -14,7 +14,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from fedrot.factors import Factors
+from fedrot.factors import HUGE, Factors, largest, within_range
 from fedrot.methods.base import Method, arguments, average, checked_weights, normalised, wide
 from fedrot_kernels import ALIGN_MODES, rspace
 
@@ -109,7 +109,7 @@ class Robust(Method):
         values = checked_weights(uploads, reference, weights)  # checks the layers, too
         device = next(iter(reference.A.values())).device
         uploads, w = self._voters(uploads, torch.tensor(values, dtype=torch.float64))
-        uploads = within_range(uploads)
+        uploads = outliers_within_range(uploads)
         w = w.to(device)
         if self.rule in ("krum", "multi-krum"):
             best = self._best(product_distances(uploads, reference))
@@ -209,31 +209,17 @@ class Robust(Method):
         return Factors(A, B)
 
 
-HUGE = 2.0**50  # float32 has squares of this, and sums of them
-
-
-def within_range(uploads: Sequence[Factors]) -> Sequence[Factors]:
-    """The clients, those with values beyond ``HUGE`` scaled down to it as a whole.
+def outliers_within_range(uploads: Sequence[Factors]) -> Sequence[Factors]:
+    """The clients, huge ones scaled down (:func:`~fedrot.factors.within_range`).
 
     One that sends the largest number there is shall be an outlier as any other, and not end the
     round by an overflow: it is still far off, in the same direction. Where half of the clients are
     so large, they are not outliers, and stay as they are.
     """
-    sizes = [
-        float(torch.stack([t.abs().amax().double() for t in (*u.A.values(), *u.B.values())]).amax())
-        for u in uploads
-    ]
-    huge = [HUGE < size < float("inf") for size in sizes]
-    if not 0 < 2 * sum(huge) < len(uploads):
+    huge = [HUGE < largest(u) < float("inf") for u in uploads]
+    if 2 * sum(huge) >= len(uploads):
         return uploads
-
-    def scaled(factors: Mapping[str, Tensor], size: float) -> dict[str, Tensor]:
-        return {module: (t * (HUGE / size)).to(t.dtype) for module, t in factors.items()}
-
-    return [
-        Factors(scaled(u.A, size), scaled(u.B, size)) if large else u
-        for u, size, large in zip(uploads, sizes, huge, strict=True)
-    ]
+    return [within_range(u) if large else u for u, large in zip(uploads, huge, strict=True)]
 
 
 def trimmed_mean(values: Tensor, cut: int) -> Tensor:

@@ -132,7 +132,7 @@ def mean_curves(
             mean, std = values.mean(0), _std(values)
             ax.plot(mean, label=method, markersize=4, markevery=(index % step, step), **style)
             ax.fill_between(
-                range(length + 1), mean - std, mean + std, alpha=alpha, color=style["color"], lw=0
+                range(len(mean)), mean - std, mean + std, alpha=alpha, color=style["color"], lw=0
             )
         _title(ax, title)
         _accuracy_axis(ax, ylabel)

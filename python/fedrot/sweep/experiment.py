@@ -31,7 +31,7 @@ from typing import Any
 
 from fedrot.config import Config
 from fedrot.errors import FedrotError
-from fedrot.options import Tree, flatten, load_yaml, merge, nested
+from fedrot.options import Tree, flatten, joined, load_yaml, merge, nested
 from fedrot.simulation.comparison import Variant, configure, has_option, parse_variant
 
 TUNE_SEED = 10_000  # seeds of the tuning runs begin here, apart from those of the results
@@ -211,7 +211,8 @@ def _experiment(name: str, tree: Tree) -> Experiment:
         axis: [flatten(value) if isinstance(value, dict) else value for value in values]
         for axis, values in vary.items()
     }
-    options = merge(*(nested(key, value) for key, value in tree.get("options", {}).items()))
+    options = joined(tree.get("options", {}))
+    joined(tree.get("tune", {}))  # for its check
     parsed = {"vary": dotted, "tune": tune, "options": options}
     return Experiment(name, **{**tree, **parsed, "methods": _variants(tree["methods"])})
 

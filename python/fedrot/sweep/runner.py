@@ -147,15 +147,16 @@ def _check_data(experiment: Experiment, cells: Sequence[Cell], track: Track) -> 
 
     tuned = [v for v in experiment.methods if len(experiment.trials(v)) > 1]
     variant = [*tuned, experiment.methods[0]][0]
-    trial, seed = experiment.trials(variant)[0], TUNE_SEED if tuned else experiment.first_seed
+    seed = TUNE_SEED if tuned else experiment.first_seed
     found: dict[tuple[Task, str | None], TaskData] = {}
     for cell in cells:
         for tuning in (True, False) if tuned else (False,):
-            config = experiment.config(cell, variant, trial, seed, tuning)
-            key = config.task, config.clients.by_column
-            if key not in found:
-                found[key] = config.task.prepare(seed, track, config.clients.by_column)
-            divide(found[key], config)
+            for trial in experiment.trials(variant):
+                config = experiment.config(cell, variant, trial, seed, tuning)
+                key = config.task, config.clients.by_column
+                if key not in found:
+                    found[key] = config.task.prepare(seed, track, config.clients.by_column)
+                divide(found[key], config)
 
 
 def _folder(out: Path, cell: Cell, variant: Variant, seed: int) -> Path:
