@@ -57,7 +57,7 @@ def test_what_the_data_refuse_of_a_later_trial_is_found_too(tmp_path):
     options = {**TINY["options"], "clients.local_test": False, "task.pretrain_seed": 0}
     tune = {"clients.count": [3, 3000]}
     changes = {"options": options, "vary": {}, "methods": ["fedit"], "tune": tune}
-    with pytest.raises(FedrotError, match="clients.count is 3000, but there are 573 examples"):
+    with pytest.raises(FedrotError, match=r"clients\.count is 3000, but there are 573 examples"):
         run_experiment(read_experiment(write(tmp_path, **changes)), tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
 
