@@ -91,9 +91,20 @@ class Layout:
             to, given = self._converted
             to.copy_(given)
 
-    def rebind(self) -> None:
-        """Point every client at its present flat buffer: one small copy in the current stream."""
-        host = torch.tensor(self._bases(), dtype=torch.int64, pin_memory=self.device.type == "cuda")
+    def rebind(self, multiple: int = 1) -> None:
+        """Point every client at its present flat buffer: one small copy in the current stream.
+
+        Raises:
+            ValueError: a buffer does not begin at a multiple of so many bytes; nothing has changed.
+        """
+        bases = self._bases()
+        for client, base in enumerate(bases):
+            if base % multiple:
+                raise ValueError(
+                    f"buffers[{client}] must begin at a multiple of {multiple} bytes, as those "
+                    "that the plan was made with do"
+                )
+        host = torch.tensor(bases, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         self.table[: self.clients].copy_(host, non_blocking=True)
 
     def _bases(self) -> list[int]:

@@ -209,16 +209,9 @@ class Launches:
         self._apply = _averages(layout)
         self._vectors = _vectors(layout, flat)
 
-    def rebind(self, flat: Flat) -> None:
+    def rebind(self) -> None:
         """The launches stay what they are, also those that a graph has captured."""
-        size = max(self._vectors.values()) * self._layout.client_dtype.itemsize
-        for client, buffer in enumerate(flat.buffers):
-            if buffer.data_ptr() % size:
-                raise ValueError(
-                    f"buffers[{client}] must begin at a multiple of {size} bytes, as those that "
-                    "the plan was made with do"
-                )
-        self._layout.rebind()
+        self._layout.rebind(max(self._vectors.values()) * self._layout.client_dtype.itemsize)
 
     def __call__(self) -> None:
         layout, clients = self._layout, self._layout.clients
@@ -253,14 +246,13 @@ class Runner:
         flat: Flat | None = None,
     ) -> None:
         layout = Layout(factors, weights, lam, align, out=(A, B), flat=flat)
-        self._launches, self._flat = Launches(layout, lam, proper, True, flat), flat
+        self._launches = Launches(layout, lam, proper, True, flat)
 
     def run(self) -> None:
         self._launches()
 
     def rebind(self) -> None:
-        assert self._flat is not None  # Plan sees to it
-        self._launches.rebind(self._flat)
+        self._launches.rebind()
 
 
 def plan(factors, weights, A, B, lam, align, proper, flat=None) -> AnyRunner:

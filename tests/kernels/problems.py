@@ -84,6 +84,11 @@ def planted(
     return Inputs(lora_A, lora_B, ref_A, ref_B).map(lambda t: t.to(dtype))
 
 
+def strangers(clients, shapes, seed=0, ranks=None, dtype=torch.float64) -> Inputs:
+    """Clients with little in common: no rotation comes near the exact average."""
+    return planted(clients, shapes, dtype, noise=3.0, seed=seed, ranks=ranks)
+
+
 def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
     assert len(actual) == len(expected)
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
@@ -91,3 +96,8 @@ def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance
         difference = float((a.double() - e.double()).abs().max())
         scale = max(float(e.double().abs().max()), 1e-30)
         assert difference <= tolerance * scale, f"tensor {i}: off by {difference / scale:.2e}"
+
+
+def assert_equal(actual, expected):
+    for side, wanted in zip(actual, expected, strict=True):
+        assert all(torch.equal(a, w) for a, w in zip(side, wanted, strict=True))
