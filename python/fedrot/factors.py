@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -47,6 +48,15 @@ def check_factors(value: object, name: str) -> Factors:
     if not isinstance(value, Factors):
         raise TypeError(f"{name} must be fedrot.factors.Factors, got {type(value).__name__}")
     return value
+
+
+def by_name(error: Exception, layers: Sequence[str]) -> Exception:
+    """An operator's error, which counts layers, with their names."""
+
+    def layer(match: re.Match[str]) -> str:
+        return f"layer {layers[int(match[1])]}"
+
+    return type(error)(re.sub(r"\blayer (\d+)\b", layer, str(error)))
 
 
 def client_major(clients: Sequence[Factors]) -> tuple[list[Tensor], list[Tensor]]:

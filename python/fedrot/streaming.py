@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrot.factors import Factors, check_factors
+from fedrot.factors import Factors, by_name, check_factors
 from fedrot_kernels import checks
 from fedrot_kernels.plan import run_once
 from fedrot_kernels.tables import empty_outputs
@@ -312,11 +311,8 @@ class StreamingAggregator:
 
     def _by_name(self, error: Exception, who: str) -> Exception:
         """The operator's error with layers by name, and ``who`` for its client 0."""
-
-        def layer(match: re.Match[str]) -> str:
-            return f"layer {self._layers[int(match[1])]}"
-
-        return type(error)(f"{who}: " + re.sub(r"(?:client 0, )?layer (\d+)", layer, str(error)))
+        named = by_name(error, self._layers)
+        return type(error)(f"{who}: {str(named).replace('client 0, ', '')}")
 
 
 class _Mean:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from test_text_tasks import config_of, write
 
 from fedrot.errors import FedrotError
 from fedrot.simulation.rounds import federate, prepare
 from fedrot.tasks.encode import tokenizer_of
+from fedrot.tasks.text import is_causal
 
 
 def test_own_classification(tmp_path, roberta):
@@ -212,3 +216,22 @@ def test_no_more_tokens_than_positions(tmp_path, request, name, limit):
         wanted = rf"task\.max_length={limit + 1}: must be at most {limit}, .*{folder.name}"
         with pytest.raises(FedrotError, match=wanted):
             loss(limit + 1, "test.jsonl")
+
+
+def test_a_model_that_sees_the_answer_writes_none(tmp_path, roberta, llama, gpt2):
+    """Its exact match over given answers would not be that of what it writes."""
+    write(tmp_path / "train.jsonl", [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(8)])
+
+    def load(folder):
+        task = config_of("text", model=str(folder), data=str(tmp_path)).task
+        return task.load_model(task.prepare(0))
+
+    for causal in (llama, gpt2):
+        assert is_causal(load(causal), torch.tensor([70, 80, 80]))
+    seeing = rf"task\.model={roberta}: a token of RobertaForCausalLM sees those after it"
+    with pytest.raises(FedrotError, match=seeing):
+        load(roberta)
+    shutil.copytree(roberta, decoder := tmp_path / "decoder")
+    config = json.loads((decoder / "config.json").read_text())
+    (decoder / "config.json").write_text(json.dumps({**config, "is_decoder": True}))
+    assert is_causal(load(decoder), torch.tensor([70, 80, 80]))

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from fedrot.config import load
+from fedrot.errors import FedrotError
 from fedrot.simulation.adapter import draw_factors, set_factors
 from fedrot.simulation.local import draw_batches
 from fedrot.simulation.rounds import federate, prepare, train_round
@@ -138,6 +139,26 @@ def test_gsm8k(tmp_path, llama, monkeypatch):
     monkeypatch.setattr("fedrot.tasks.generation.generate", lambda *a: written)
     model = config.task.load_model(data)
     assert config.task.evaluate(model, data.test)["accuracy"] == 0.25
+
+
+def test_no_more_is_written_than_positions(tmp_path, gpt2, llama):
+    rows = [{"question": "?", "answer": "#### 1"}, {"question": "??", "answer": "#### 2"}]
+    for part in ("train", "test"):
+        write(tmp_path / f"{part}.jsonl", rows)
+    prompt = len("Question: ??\nAnswer:")
+    options = {"data": str(tmp_path), "dtype": "float32"}
+
+    def written(folder, most):
+        task = config_of("gsm8k", model=str(folder), max_new_tokens=most, **options).task
+        data = task.prepare(0)
+        return task.evaluate(task.load_model(data), data.test)
+
+    most = 64 - prompt
+    assert written(gpt2, most)["loss"] > 0
+    wanted = rf"max_new_tokens={most + 1}: the longest prompt has {prompt} tokens.* more than 64, "
+    with pytest.raises(FedrotError, match=wanted):
+        written(gpt2, most + 1)
+    assert written(llama, most + 1)["loss"] > 0  # it knows no end
 
 
 @pytest.mark.parametrize(

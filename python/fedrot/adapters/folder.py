@@ -51,7 +51,8 @@ def check_output(output: Path, inputs: Iterable[Path], force: bool) -> None:
         return
     if not force:
         raise FedrotError(f"{output} exists; --force replaces it")
-    if output.is_symlink() or not (output / CONFIG).is_file():
+    replaceable = any((output / name).is_file() for name in (CONFIG, PROVENANCE))
+    if output.is_symlink() or not replaceable:
         raise FedrotError(f"{output} is not an adapter folder; --force replaces only those")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from fedrot import __version__
 from fedrot.adapters import kinds
 from fedrot.adapters.adapter import Adapter
+from fedrot.adapters.checkpoint import write_checkpoint
 from fedrot.adapters.config import Config, base_change
 from fedrot.adapters.folder import check_output, write_adapter
 from fedrot.adapters.kinds.prompts import KEY as PROMPT
@@ -84,15 +85,23 @@ class Merged:
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write a folder that `PeftModel.from_pretrained` loads, and where it came from.
 
+        Whole parameters are written as `model.safetensors` beside the other files of the
+        reference's folder, which they must have come from.
+
         Raises:
-            FedrotError: the folder exists (`force` replaces one that holds an adapter), or holds
-                one of the adapters that were merged.
+            FedrotError: the folder exists (`force` replaces one that holds an adapter, or a
+                merge), or holds one of the adapters that were merged.
         """
-        self._check_is_adapter()
+        target = self.uploads.target
+        if target.path is None:
+            self._check_is_adapter()
         folder = Path(folder)
-        adapters = [*self.uploads.adapters, self.uploads.target]
+        adapters = [*self.uploads.adapters, target]
         check_output(folder, [a.path for a in adapters if a.path], force)
-        write_adapter(folder, self.config, self.tensors, self._provenance())
+        if target.kind is kinds.FULL and target.path is not None:
+            write_checkpoint(folder, target.path, self.tensors, self._provenance())
+        else:
+            write_adapter(folder, self.config, self.tensors, self._provenance())
 
     def add_to(self, model: PeftModel, name: str) -> None:
         """Add the adapter to a model under a new name: loaded, frozen, and not yet active.
@@ -181,10 +190,11 @@ def aggregate(
 
     Each adapter, and the reference, is one of
 
-    - a PEFT folder;
+    - a PEFT folder, or a model's (`config.json`, `model.safetensors` or its shards): whole
+      parameters;
     - a `PeftModel`, for its active adapter, or `(model, "name")` for any;
     - `(state_dict, PeftConfig)`, the first as from `peft.get_peft_model_state_dict`;
-    - `(state_dict, None)`: whole parameters of a model, which are averaged plainly.
+    - `(state_dict, None)`: whole parameters again, which are averaged plainly.
 
     Everything runs on the CPU, in float32 (float64 where an input is); inputs are not changed, and
     the result shares no memory with them.

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor, nn
 
 from fedrot.adapters.adapter import Adapter, checked
+from fedrot.adapters.checkpoint import is_checkpoint, read_checkpoint
 from fedrot.adapters.config import Config, base_change
-from fedrot.adapters.folder import read_adapter
+from fedrot.adapters.folder import CONFIG, read_adapter
 from fedrot.adapters.layers import EMBEDDING_NAMES, PREFIX
 from fedrot.errors import FedrotError
 
@@ -37,7 +38,7 @@ def read(source: Source, name: str) -> Adapter:
         TypeError: the source is nothing of the kind.
     """
     if isinstance(source, str | Path):
-        return read_adapter(Path(source))
+        return read_folder(Path(source))
     if isinstance(source, nn.Module):
         return _from_model(source, None, name)
     if isinstance(source, tuple) and len(source) == 2:
@@ -51,6 +52,13 @@ def read(source: Source, name: str) -> Adapter:
         f"{name} must be a folder, a PeftModel, (PeftModel, adapter name) or "
         f"(state dict, PeftConfig), got {_kind(source)}"
     )
+
+
+def read_folder(path: Path) -> Adapter:
+    """A PEFT folder, or where there is no `adapter_config.json`, the weights of a model."""
+    if is_checkpoint(path) and not (path / CONFIG).is_file():
+        return read_checkpoint(path)
+    return read_adapter(path)
 
 
 def check_distinct(sources: Sequence[Source]) -> None:

@@ -6,14 +6,15 @@ Everything that lasts from one round to the next is in :class:`Server`; a method
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fedrot.factors import Factors, client_major, truncate
+from fedrot.factors import Factors, by_name, client_major, truncate
 from fedrot_kernels import ALIGN_MODES, rspace
 from fedrot_kernels.checks import check_weight_values, check_weights
 
@@ -188,7 +189,9 @@ def average(
     operator = align in ALIGN_MODES and not isinstance(lam, str)
     function = torch.ops.fedrot.align_aggregate if operator else rspace.aggregate
     given = arguments(uploads, reference)
-    return _factors(reference, function(*given, weights, lam=lam, align=align, proper=proper))
+    with naming_layers(reference):
+        result = function(*given, weights, lam=lam, align=align, proper=proper)
+    return _factors(reference, result)
 
 
 def average_with_lam(
@@ -202,7 +205,10 @@ def average_with_lam(
 ) -> tuple[Factors, Tensor]:
     """``rspace.aggregate_with_lam`` on :class:`Factors`."""
     given = arguments(uploads, reference)
-    A, B, found = rspace.aggregate_with_lam(*given, weights, lam=lam, align=align, proper=proper)
+    with naming_layers(reference):
+        A, B, found = rspace.aggregate_with_lam(
+            *given, weights, lam=lam, align=align, proper=proper
+        )
     return _factors(reference, (A, B)), found
 
 
@@ -214,7 +220,9 @@ def in_rspace(
 ) -> Factors:
     """``rspace.combined`` on :class:`Factors`."""
     given = arguments(uploads, reference)
-    return _factors(reference, rspace.combined(*given, weights, solve))
+    with naming_layers(reference):
+        result = rspace.combined(*given, weights, solve)
+    return _factors(reference, result)
 
 
 def arguments(
@@ -231,6 +239,15 @@ def arguments(
             f"clients have layers {list(uploads[0].A)}, the reference has {list(reference.A)}"
         )
     return lora_A, lora_B, list(reference.A.values()), list(reference.B.values())
+
+
+@contextmanager
+def naming_layers(reference: Factors) -> Iterator[None]:
+    """Errors of the operators name layers, which they count."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise by_name(error, list(reference.A)) from None
 
 
 def checked_weights(

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from fedrot.factors import HUGE, Factors, largest, within_range
-from fedrot.methods.base import Method, arguments, average, checked_weights, normalised, wide
+from fedrot.methods.base import (
+    Method,
+    arguments,
+    average,
+    checked_weights,
+    naming_layers,
+    normalised,
+    wide,
+)
 from fedrot_kernels import ALIGN_MODES, rspace
 
 T = TypeVar("T")
@@ -187,7 +195,9 @@ class Robust(Method):
 
     def _rotations(self, uploads: Sequence[Factors], reference: Factors) -> list[Tensor]:
         given = arguments(uploads, reference)
-        return torch.ops.fedrot.align(*given, lam=self.lam, align=self.align, proper=self.proper)
+        options = {"lam": self.lam, "align": self.align, "proper": self.proper}
+        with naming_layers(reference):
+            return torch.ops.fedrot.align(*given, **options)
 
     def _each(
         self,
@@ -253,9 +263,10 @@ def product_distances(uploads: Sequence[Factors], reference: Factors) -> Tensor:
     ``d x k`` matrix is formed."""
     clients = len(uploads)
     inner = torch.zeros(clients, clients, dtype=torch.float64)
-    for _, _, blocks in rspace.batches(*arguments(uploads, reference)):
-        products = (blocks.A.double() * blocks.B.double()).sum(0)
-        inner += products.view(clients, len(products) // clients, clients, -1).sum((1, 3)).cpu()
+    with naming_layers(reference):
+        for _, _, blocks in rspace.batches(*arguments(uploads, reference)):
+            products = (blocks.A.double() * blocks.B.double()).sum(0)
+            inner += products.view(clients, len(products) // clients, clients, -1).sum((1, 3)).cpu()
     inner = (inner + inner.T) / 2  # a tie must not be decided by rounding
     norms = inner.diagonal()
     return (norms[:, None] + norms - 2 * inner).clamp_min(0)

@@ -70,6 +70,10 @@ class Gsm8k(TextTask):
         ]
         return assemble(self, base, encoded, parts["train"], seed)
 
+    @property
+    def written_tokens(self) -> int:
+        return self.max_new_tokens
+
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, float]:
         loss = shared.evaluate(model, batch, self.eval_batch)["loss"]
         tokenizer = tokenizer_of(_folder(model))
@@ -136,6 +140,10 @@ class CodeSearchNet(TextTask):
             test.batch["problem"] = test.kept
         facts = {"accuracy_is": note}
         return assemble(self, base, (train, test), columns, seed, split_by="language", facts=facts)
+
+    @property
+    def written_tokens(self) -> int:
+        return self.max_new_tokens if self.execute else 0
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, float]:
         known = {key: value for key, value in batch.items() if key != "problem"}

@@ -17,7 +17,7 @@ from fedrot.progress import Track, no_progress
 from fedrot.tasks import base as shared
 from fedrot.tasks.base import Batch, TaskData, query_and_value
 from fedrot.tasks.cache import quiet
-from fedrot.tasks.encode import classification, codes, generation, tokenizer_of
+from fedrot.tasks.encode import classification, codes, generation, prompts_of, tokenizer_of
 from fedrot.tasks.files import Columns, column, joined, part_files, read_file
 from fedrot.tasks.partition import hold_out
 
@@ -46,18 +46,39 @@ class TextTask:
         """As :func:`load_model`.
 
         Raises:
-            FedrotError: the folder does not load, or an example has more tokens than it takes.
+            FedrotError: the folder does not load, an example, or a prompt and what is written
+                after it, has more tokens than it takes, or what it writes is not causal.
         """
         model = load_model(data, self.dtype)
+        takes = f"which is what {data.base} takes (max_position_embeddings)"
         limit = position_limit(model)
         masks = [part["attention_mask"] for part in (data.train, data.test)]
         longest = max(int(mask.sum(1).max()) for mask in masks)
         if limit is not None and longest > limit:
             raise FedrotError(
-                f"task.max_length={self.max_length}: must be at most {limit}, which is what "
-                f"{data.base} takes (max_position_embeddings); an example has {longest} tokens"
+                f"task.max_length={self.max_length}: must be at most {limit}, {takes}; an example "
+                f"has {longest} tokens"
+            )
+        if data.classes:
+            return model
+        if limit is not None and (written := self.written_tokens):
+            prompt = max(len(tokens) for tokens in prompts_of(data.test))
+            if prompt + written > limit:
+                raise FedrotError(
+                    f"task.max_new_tokens={written}: the longest prompt has {prompt} tokens, with "
+                    f"which that is more than {limit}, {takes}"
+                )
+        if not is_causal(model, data.train["input_ids"][0, :2]):
+            raise FedrotError(
+                f"task.model={self.model}: a token of {type(model).__name__} sees those after it, "
+                "the answer among them; writing answers takes a causal model, as Llama or GPT-2"
             )
         return model
+
+    @property
+    def written_tokens(self) -> int:
+        """How many tokens evaluation lets the model write after a prompt."""
+        return 0
 
     def lora_targets(self, model: nn.Module) -> list[str]:
         return query_and_value(model)
@@ -122,6 +143,17 @@ def position_limit(model: Any) -> int | None:
             # RoBERTa counts positions from the one after the padding's.
             return most if module.padding_idx is None else most - module.padding_idx - 1
     return None
+
+
+@torch.no_grad()
+def is_causal(model: Any, ids: Tensor) -> bool:
+    """Whether the logits of all tokens ``(n,)`` but the last are the same with another last one."""
+    other = ids.clone()
+    other[-1] = (
+        ids[0] if ids[-1] != ids[0] else (ids[-1] + 1) % model.get_input_embeddings().num_embeddings
+    )
+    one, another = model(input_ids=torch.stack([ids, other])).logits[:, :-1]
+    return bool(torch.allclose(one, another, rtol=1e-3, atol=1e-3))
 
 
 def classify_examples(

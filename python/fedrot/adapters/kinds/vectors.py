@@ -62,7 +62,7 @@ class Vera(Kind):
 class Full(Plain):
     """Whole parameters of one base model: ``mean(W_0 + D_i) = W_0 + mean(D_i)``, nothing to align.
 
-    Not a type of PEFT's: it has no configuration and no folder.
+    Not a type of PEFT's: it has no configuration, and its folders are those of transformers.
     """
 
     peft_type = "whole parameters"

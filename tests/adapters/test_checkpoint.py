@@ -1,0 +1,94 @@
+"""Whole models on disk: merged from their folders into one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import fedrot
+from fedrot.cli import app
+from fedrot.errors import FedrotError
+
+CONFIG = LlamaConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    tie_word_embeddings=True,
+)
+
+
+def save(folder: Path, seed: int, **options: str) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(CONFIG)
+    model.save_pretrained(folder, **options)
+    return model.state_dict()
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Two folders, the second in shards, and what is in them."""
+    states = [save(tmp_path / "a", 1), save(tmp_path / "b", 2, max_shard_size="4KB")]
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 2
+    return [tmp_path / "a", tmp_path / "b"], states
+
+
+def test_models_of_folders_are_averaged(models, tmp_path):
+    (a, b), (one, other) = models
+    (a / "tokenizer.json").write_text("{}")
+    (a / "pytorch_model.bin").write_bytes(b"old")
+    out = tmp_path / "out"
+    result = CliRunner().invoke(
+        app, ["aggregate", str(a), str(b), "-o", str(out), "--weights", "1,3"]
+    )
+    assert result.exit_code == 0 and "whole parameters" in result.output
+    assert {file.name for file in out.iterdir()} == {
+        *("config.json", "generation_config.json", "tokenizer.json", "model.safetensors"),
+        "fedrot_provenance.json",
+    }
+    merged = LlamaForCausalLM.from_pretrained(out).state_dict()
+    assert merged.keys() == one.keys()
+    for name, t in merged.items():
+        torch.testing.assert_close(t, 0.25 * one[name] + 0.75 * other[name], rtol=1e-5, atol=1e-7)
+    known = json.loads((out / "fedrot_provenance.json").read_text())
+    assert known["clients"][1]["path"] == str(b) and known["clients"][1]["weight"] == 0.75
+    assert len(known["clients"][1]["sha256"]) == len(list(b.glob("*.safetensors")))
+
+
+def test_a_merge_is_replaced_by_force_and_a_model_is_not(models, tmp_path):
+    folders, _ = models
+    out = tmp_path / "out"
+    fedrot.aggregate(folders).save(out)
+    with pytest.raises(FedrotError, match="--force replaces it"):
+        fedrot.aggregate(folders).save(out)
+    fedrot.aggregate(folders).save(out, force=True)
+    save(tmp_path / "other", 3)
+    with pytest.raises(FedrotError, match="other is not an adapter folder; --force replaces only"):
+        fedrot.aggregate(folders).save(tmp_path / "other", force=True)
+    with pytest.raises(FedrotError, match="the output would replace the input"):
+        fedrot.aggregate(folders).save(folders[1], force=True)
+
+
+def test_what_is_missing_or_damaged_is_named(models, tmp_path):
+    (a, b), _ = models
+    shard = sorted(b.glob("*.safetensors"))[1]
+    shard.rename(tmp_path / "shard")
+    with pytest.raises(FedrotError, match=f"{b}: .* {shard.name} are missing, .* neither a PEFT"):
+        fedrot.aggregate([a, b])
+    shard.write_bytes((tmp_path / "shard").read_bytes()[:-1])
+    with pytest.raises(FedrotError, match=f"{shard}: corrupt"):
+        fedrot.aggregate([a, b])
+    for damaged in ("{", "[]", '{"weight_map": 3}'):
+        (b / "model.safetensors.index.json").write_text(damaged)
+        with pytest.raises(FedrotError, match=r"index\.json: not the index of a model's shards"):
+            fedrot.aggregate([a, b])
+    (b / "model.safetensors.index.json").unlink()
+    with pytest.raises(FedrotError, match=r"adapter_config\.json and model\.safetensors are"):
+        fedrot.aggregate([a, b])
