@@ -101,6 +101,11 @@ def within_range(factors: Factors) -> Factors:
     )
 
 
+def rank_of(factors: Factors) -> int:
+    """The largest rank of a layer."""
+    return max(A.shape[0] for A in factors.A.values())
+
+
 def truncate(factors: Factors, rank: int | None) -> Factors:
     """The first ``rank`` rows of every ``A`` and columns of every ``B``; all for ``None``."""
     if rank is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedrot.factors import Factors
+from fedrot.factors import Factors, rank_of
 from fedrot.methods import Method, Server
 from fedrot.optimizers import ServerOptimizer
 
@@ -59,6 +59,7 @@ def serve(
     before = _parameters(server.factors, shared, parts)
     after, state = optimizer.step(before, _parameters(aggregate, new_head, parts), server.optimizer)
     own = {u.client: u.factors.B for u in uploads} if method.personal else {}
+    pruned = {u.client: rank_of(u.factors) for u in uploads} if method.prunes else {}
     own_heads = {u.client: u.head for u in uploads} if personal_head else {}
     merged = {
         module: server.merged[module] + delta if module in server.merged else delta
@@ -77,6 +78,7 @@ def serve(
         head={name: after.get(f"head/{name}", mean) for name, mean in head.items()},
         heads={**server.heads, **own_heads},
         optimizer=state,
+        ranks={**server.ranks, **pruned},
     )
     return Update(stepped, aggregate, folded)
 

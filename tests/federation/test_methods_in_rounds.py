@@ -183,6 +183,10 @@ STATES = {
         ["method.energy=0.8", "clients.ranks=[4,1]", "clients.ranks_change=true"],
     ),
     "rolora": ("optimizer", ["server.optimizer=fedyogi", "local.head=true"]),
+    "hetlora": (
+        "ranks",
+        ["method.decay=0.8", "method.penalty=3", "clients.ranks=[1,4]", "lora.r=4"],
+    ),
     "lora-fair": ("optimizer", ["server.optimizer=fedavgm", "server.lr=0.5"]),
     "fedit": (
         "heads",

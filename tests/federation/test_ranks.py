@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small import small
 
+from fedrot.factors import Factors, rank_of
 from fedrot.simulation.adapter import load_adapter
+from fedrot.simulation.participants import participants
 from fedrot.simulation.rounds import federate, prepare, run_round, train_round
 from fedrot.simulation.run_dir import RunDir
 
@@ -69,3 +73,48 @@ def test_ranks_by_energy_in_one_shot(tmp_path):
         summary = federate(config, tmp_path / str(energy), uploads_from=source)
         chosen[energy] = set(summary["ranks"].values())
     assert max(chosen[0.5]) < 4 and chosen[1] == {4}
+
+
+def test_hetlora_clients_prune_themselves(tmp_path):
+    """For good, at most what `decay` cuts off in a round, and one that is left out waits."""
+    options = ["method.decay=0.6", "method.penalty=0.1", "clients.ranks=[2,8]", "lora.r=8"]
+    config = small("hetlora", *options, "rounds=6", "clients.participation=3")
+    federation = prepare(config)
+    server, ranks = federation.start(), {0: 2, 1: 8, 2: 2, 3: 8}
+    for round in range(config.rounds):
+        update, row = run_round(federation, RunDir(tmp_path), server)
+        taking_part = participants(config, round)
+        for client, rank in update.ranks.items():
+            before = ranks[client]
+            allowed = {before, max(1, int(0.6 * before))} if client in taking_part else {before}
+            assert rank in allowed
+        ranks |= update.ranks
+        assert row["rank"] == pytest.approx(sum(ranks[i] for i in taking_part) / 3)
+        server = update
+    assert ranks[0] == 1 and ranks[1] < 8
+    assert {A.shape[0] for A in server.factors.A.values()} == {8}  # the server's own stays
+
+
+def test_hetlora_trains_with_its_penalty():
+    """Without it the tails of the first rounds grow, and nobody prunes."""
+
+    def ranks(penalty):
+        options = [f"method.penalty={penalty}", "method.decay=0.5", "lora.r=4"]
+        federation = prepare(small("hetlora", *options))
+        server = federation.start()
+        B = {m: torch.full_like(B, 0.01) for m, B in server.factors.B.items()}
+        server = replace(server, factors=Factors(server.factors.A, B))
+        return [rank_of(upload) for upload in train_round(federation, server).factors]
+
+    assert ranks(0) == [4, 4, 4, 4] and ranks(3) == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("attack", ["sign-flip", "noise"])
+def test_an_attacker_may_prune_itself(tmp_path, attack):
+    options = ["method.decay=0.5", "method.penalty=5", "lora.r=4", "clients.attackers=1"]
+    config = small("hetlora", *options, f"clients.attack={attack}", "rounds=4")
+    federation = prepare(config)
+    server = federation.start()
+    for _ in range(config.rounds):
+        server, _ = run_round(federation, RunDir(tmp_path), server)
+    assert server.ranks[3] == 1

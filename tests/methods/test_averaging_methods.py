@@ -67,6 +67,45 @@ def test_hetlora():
     )
 
 
+def test_hetlora_tails_by_hand():
+    """Two layers, rank 3; decay .7 keeps int(2.1) = 2 directions, of rank 2 one, of rank 1 all."""
+    A = {
+        "m": torch.tensor([[[1.0, 1], [3, 4], [0, 2]], [[1, 1], [3, 4], [0, 0]]]),
+        "n": torch.tensor([[[1.0, 1], [1, 0], [0, 1]], [[1, 1], [0, 1], [0, 0]]]),
+    }
+    B = {
+        "m": torch.tensor([[[5.0, 1, 3]], [[5, 2, 0]]]),
+        "n": torch.tensor([[[5.0, 1, 4]], [[5, 3, 0]]]),
+    }
+    method, ranks = HetLoRA(decay=0.7, penalty=0.5), torch.tensor([3, 2])
+    tails = [2 * 3 + 1 * 4, 5 * 2 + 1 * 3]
+    assert method.regularizer(A, B, ranks).tolist() == [0.5 * tails[0], 0.5 * tails[1]]
+    assert method.regularizer(A, B, torch.tensor([1, 1])).tolist()[1] == 0.5 * tails[1]
+    for p in (*A.values(), *B.values()):
+        p.requires_grad_()
+    method.regularizer(A, B, ranks).sum().backward()
+    # d/dB ||B_tail|| ||A_tail|| = ||A_tail|| B_tail / ||B_tail||, and nothing of what is kept.
+    assert B["m"].grad.tolist() == [[[0, 0, 0.5 * 2]], [[0, 0.5 * 5, 0]]]
+    torch.testing.assert_close(A["m"].grad[1], torch.tensor([[0, 0], [0.6, 0.8], [0, 0]]))
+    for idle in (HetLoRA(decay=1), HetLoRA(penalty=0)):
+        assert idle.regularizer(A, B, ranks) is None
+
+
+def test_hetlora_prunes_what_has_become_smaller():
+    method = HetLoRA(decay=0.5)
+    start, larger = CLIENTS  # tails of 0 * 1 and 4 * 3
+    assert method.hand_in(start, larger) is larger
+    check(method.hand_in(larger, start), [[3.0, 0]], [[2.0]])
+    assert method.hand_in(start, start) is start
+    one = truncate(larger, 1)
+    assert method.hand_in(one, truncate(start, 1)).A["m"].shape == (1, 2)  # one direction stays
+    assert HetLoRA(decay=1).hand_in(larger, start) is start
+    assert method.prunes and not HetLoRA(decay=1).prunes and not FedIT().prunes
+    for wrong in ({"decay": 0}, {"decay": 1.1}, {"penalty": -1}, {"penalty": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            HetLoRA(**wrong)
+
+
 def test_a_smaller_rank_is_padded_with_zeros():
     small = truncate(CLIENTS[0], 1)
     assert small.A["m"].shape == (1, 2) and small.B["m"].shape == (1, 1)

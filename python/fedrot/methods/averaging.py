@@ -6,14 +6,14 @@ average padded with zeros.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fedrot.factors import Factors, truncate
+from fedrot.factors import Factors, rank_of, truncate
 from fedrot.methods.base import Method, Server, average, normalised, wide
 
 
@@ -88,15 +88,60 @@ class RoLoRA(Method):
 
 @dataclass(frozen=True)
 class HetLoRA(Method):
-    """Zero-padding average of mixed ranks (arXiv 2401.06432), without its pruning of ranks.
+    """Zero-padding average of mixed ranks, which clients prune themselves (arXiv 2401.06432).
 
-    ``norm_weights``: a client counts in proportion to ``||B_i A_i||_F`` over all layers, on top of
-    its weight, so that small or empty updates do not dilute the others.
+    The *tail* of a client of rank ``r`` is what ``int(decay r)`` leaves of it, at least one
+    direction being kept: ``sum_layers ||B_tail||_F ||A_tail||_F``. Clients add ``penalty`` times it
+    to their losses, and one whose tail has become smaller in a round cuts it off for good;
+    ``decay=1`` is without pruning. ``norm_weights``: a client counts in proportion to
+    ``||B_i A_i||_F`` over all layers, on top of its weight, so that small or empty updates do not
+    dilute the others.
     """
 
-    name: ClassVar[str] = "HetLoRA without pruning"
+    name: ClassVar[str] = "HetLoRA"
 
     norm_weights: bool = True
+    decay: float = 0.99
+    penalty: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must be above 0 and at most 1, got {self.decay}")
+        if not 0 <= self.penalty < float("inf"):
+            raise ValueError(f"penalty must be 0 or above, got {self.penalty}")
+
+    @classmethod
+    def takes(cls, given: Mapping[str, Any]) -> set[str]:
+        return super().takes(given) - ({"penalty"} if given.get("decay") == 1 else set())
+
+    @property
+    def prunes(self) -> bool:
+        return self.decay < 1
+
+    def regularizer(
+        self, A: Mapping[str, Tensor], B: Mapping[str, Tensor], ranks: Tensor
+    ) -> Tensor | None:
+        if not (self.prunes and self.penalty):
+            return None
+        kept = torch.tensor([self._kept(r) for r in ranks.tolist()], device=ranks.device)
+        return self.penalty * _tail(A, B, kept)
+
+    def hand_in(self, start: Factors, trained: Factors) -> Factors:
+        kept = self._kept(rank_of(trained))
+        before, after = (
+            float(
+                _tail(
+                    {module: A[None] for module, A in factors.A.items()},
+                    {module: B[None] for module, B in factors.B.items()},
+                    torch.tensor([kept]),
+                )
+            )
+            for factors in (start, trained)
+        )
+        return truncate(trained, kept) if after < before else trained
+
+    def _kept(self, rank: int) -> int:
+        return max(1, int(self.decay * rank + 1e-9))  # .29 * 100 is a little less than 29
 
     def aggregate(
         self,
@@ -141,6 +186,17 @@ class FedSALoRA(Method):
         generator: torch.Generator | None = None,
     ) -> Factors:
         return average(uploads, reference, weights)
+
+
+def _tail(A: Mapping[str, Tensor], B: Mapping[str, Tensor], kept: Tensor) -> Tensor:
+    """``sum_layers ||B_tail||_F ||A_tail||_F`` of every client ``(N,)``: of the directions from
+    ``kept`` ``(N,)`` on, ``A`` ``(N, r, k)`` and ``B`` ``(N, d, r)``."""
+    tails = []
+    for module, a in A.items():
+        cut = torch.arange(a.shape[1], device=kept.device) >= kept[:, None]  # (N, r)
+        norms = [(t * cut[:, None]).flatten(1).norm(dim=1) for t in (B[module], a.mT)]
+        tails.append(norms[0] * norms[1])
+    return torch.stack(tails).sum(0)
 
 
 def _norm(factors: Factors) -> float:

@@ -28,6 +28,7 @@ class Server:
     client the ``B`` that stays with it. ``head``: trained parameters outside the adapter, and
     ``heads``, per client, where they stay with it (``head`` is their mean then, which nobody starts
     from). ``past``: factors and head of earlier rounds, the latest first, as many as are needed.
+    ``ranks``: per client what it pruned itself to.
     """
 
     factors: Factors
@@ -38,6 +39,7 @@ class Server:
     head: dict[str, Tensor] = field(default_factory=dict)
     heads: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     optimizer: dict[str, Tensor] = field(default_factory=dict)  # of the server, flat
+    ranks: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class Method(ABC):
         """Whether layers of the aggregate may have a smaller rank than the reference."""
         return False
 
+    @property
+    def prunes(self) -> bool:
+        """Whether a client may hand in a smaller rank than it started from, and keeps that."""
+        return False
+
     @classmethod
     def takes(cls, given: Mapping[str, Any]) -> set[str]:
         """The options, by name, that have an effect beside the ``given`` ones."""
@@ -94,6 +101,22 @@ class Method(ABC):
     def download(self, server: Server, client: int, rank: int | None = None) -> Factors:
         """What a client starts the round from; ``rank``, where it is below the global one."""
         return truncate(server.factors, rank)
+
+    def regularizer(
+        self, A: Mapping[str, Tensor], B: Mapping[str, Tensor], ranks: Tensor
+    ) -> Tensor | None:
+        """What clients add to their losses, ``(N,)``, if anything.
+
+        Args:
+            A, B: the factors of all of them by module, ``(N, r, k)`` and ``(N, d, r)``, zero beyond
+                a client's rank.
+            ranks: ``(N,)``.
+        """
+        return None
+
+    def hand_in(self, start: Factors, trained: Factors) -> Factors:
+        """What a client makes of its factors before it uploads them."""
+        return trained
 
     def reference(self, server: Server) -> Factors:
         """What :meth:`aggregate` gets as ``reference``."""

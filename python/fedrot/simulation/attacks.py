@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedrot.errors import FedrotError
-from fedrot.factors import Factors
+from fedrot.factors import Factors, rank_of, truncate
 from fedrot.server import Upload
 from fedrot.tasks import TaskData
 
@@ -61,9 +61,10 @@ def spoiled(upload: Upload, start: Start, clients: Clients, generator: torch.Gen
         return new + (size.cpu() * noise).to(new)
 
     A, B = upload.factors.A, upload.factors.B
+    before = truncate(start.factors, rank_of(upload.factors))  # it may have pruned itself
     factors = Factors(
-        {module: attack(t, start.factors.A[module]) for module, t in A.items()},
-        {module: attack(t, start.factors.B[module]) for module, t in B.items()},
+        {module: attack(t, before.A[module]) for module, t in A.items()},
+        {module: attack(t, before.B[module]) for module, t in B.items()},
     )
     head = {name: attack(t, start.head[name]) for name, t in upload.head.items()}
     return Upload(upload.client, factors, head)

@@ -33,7 +33,8 @@ def save(path: Path, server: Server) -> None:
     tensors = {key: t.detach().clone().contiguous() for key, t in tensors.items()}
     with new_file(path) as fresh:
         numbers = {"rounds": str(server.rounds), "past": str(len(server.past))}
-        metadata = {**numbers, "modules": json.dumps(list(server.factors.A))}
+        ranks = json.dumps(list(server.ranks.items()))
+        metadata = {**numbers, "modules": json.dumps(list(server.factors.A)), "ranks": ranks}
         save_file(tensors, fresh, metadata=metadata)
 
 
@@ -47,6 +48,7 @@ def load(path: Path) -> Server:
         with safe_open(path, "pt") as file:
             rounds, kept = int(file.metadata()["rounds"]), int(file.metadata()["past"])
             modules = json.loads(file.metadata()["modules"])  # in order; the file sorts its keys
+            ranks = dict(json.loads(file.metadata().get("ranks", "[]")))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         personal = {
             client: {m: B[m] for m in modules}
@@ -66,6 +68,7 @@ def load(path: Path) -> Server:
             head,
             _of_clients(_of("heads", tensors)),
             _of("optimizer", tensors),
+            ranks,
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise FedrotError(f"{path}: corrupt checkpoint ({error}); --force starts again") from error

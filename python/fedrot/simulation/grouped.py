@@ -108,6 +108,12 @@ class GroupedLayers:
             return [p for layer in self.heads.values() for p in layer.parameters()]
         return [layer.A if part == "A" else layer.B for layer in self.lora.values()]
 
+    @property
+    def factors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All clients' ``A`` ``(N, r, k)`` and ``B`` ``(N, d, r)`` by layer."""
+        layers = self.lora.items()
+        return {name: layer.A for name, layer in layers}, {name: layer.B for name, layer in layers}
+
     def of(
         self, client: int, start: Factors, head: dict[str, Tensor]
     ) -> tuple[Factors, dict[str, Tensor]]:

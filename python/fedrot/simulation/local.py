@@ -10,7 +10,7 @@ Activations of ``together * micro_batch`` examples are held at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fedrot.config import Local
-from fedrot.factors import Factors
+from fedrot.factors import Factors, rank_of
 from fedrot.progress import Track, no_progress
 from fedrot.simulation.grouped import GroupedLayers, grouped
 from fedrot.simulation.memory import Memory
 from fedrot.tasks import Batch
 from fedrot.tasks.base import example_losses, example_terms, trim
 
+Regularizer = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], Tensor | None]
 NO_EXAMPLE = -1  # in a batch that is not full
 
 
@@ -37,6 +38,10 @@ class Trained:
     factors: list[Factors]
     heads: list[dict[str, Tensor]]
     losses: Tensor
+
+
+def no_regularizer(A: Mapping[str, Tensor], B: Mapping[str, Tensor], ranks: Tensor) -> None:
+    """The loss as it is."""
 
 
 def draw_batches(examples: Tensor, local: Local, generator: torch.Generator) -> Tensor:
@@ -66,6 +71,7 @@ def train_clients(
     heads: Sequence[dict[str, Tensor]] | None = None,
     memory: Memory | None = None,
     dropout: Sequence[torch.Generator] | None = None,
+    regularizer: Regularizer = no_regularizer,
     track: Track = no_progress,
 ) -> Trained:
     """Train every client from its own factors on its own batches, where the model is.
@@ -83,6 +89,7 @@ def train_clients(
         memory: of ``model`` and ``train``.
         dropout: per client the generator of its masks, where the adapter has dropout; on the
             model's device.
+        regularizer: what is added to the clients' losses, as ``Method.regularizer``.
 
     Returns:
         Factors and heads on the CPU.
@@ -95,7 +102,7 @@ def train_clients(
     steps = sum(max(len(rows) for rows in batches[part]) for part in slices)
     clock = iter(track(range(steps), "local steps"))
     heads = heads or [{} for _ in starts]
-    trainer = _Trainer(model, train, local, parts, memory or Memory({}), clock)
+    trainer = _Trainer(model, train, local, parts, memory or Memory({}), clock, regularizer)
     found = [
         trainer.run(starts[part], batches[part], heads[part], dropout[part] if dropout else None)
         for part in slices
@@ -118,6 +125,7 @@ class _Trainer:
     parts: str
     memory: Memory
     clock: Iterator[int]
+    regularizer: Regularizer
 
     def run(
         self,
@@ -136,6 +144,7 @@ class _Trainer:
         counts = torch.where(rows != NO_EXAMPLE, terms, 0).sum(2).clamp(min=1)  # (steps, N)
         device = self.model.device
         lengths = torch.tensor([len(rows) for rows in batches], device=device)
+        ranks = torch.tensor([rank_of(start) for start in starts], device=device)
         losses = torch.zeros(len(starts), dtype=torch.float64, device=device)
         with (
             grouped(self.model, starts, heads, dropout) as layers,
@@ -149,6 +158,8 @@ class _Trainer:
                     part = self._losses(layers, piece, full) / counts[step].to(device)
                     optimizer.add(part)
                     loss += part.detach()
+                if (more := self.regularizer(*layers.factors, ranks)) is not None:
+                    optimizer.add(more)
                 active = None if full else step < lengths
                 optimizer.step(active)
                 losses += loss if active is None else torch.where(active, loss, 0.0)

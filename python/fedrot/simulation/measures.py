@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedrot import __version__
-from fedrot.factors import Factors
+from fedrot.factors import Factors, rank_of
 from fedrot.methods import FedIT
 from fedrot.metrics import aggregation_error, rotation_angles, total
 from fedrot.server import Update
@@ -28,6 +28,11 @@ def alignment(uploads: Uploads, update: Update) -> Row:
         "aggregation_error_plain": total(aggregation_error(factors, plain, weights)),
         "rotation_angle": float(rotation_angles(factors, uploads.reference).mean()),
     }
+
+
+def mean_rank(uploads: Uploads) -> float:
+    """The mean rank of what clients hand in."""
+    return math.fsum(rank_of(factors) for factors in uploads.factors) / len(uploads.factors)
 
 
 def chosen_ranks(uploads: Uploads, update: Update) -> Row:

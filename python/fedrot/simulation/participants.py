@@ -37,7 +37,7 @@ def start(
 ) -> Start:
     """Where a participant starts the round after ``server.rounds``; ``head``: the untrained one."""
     round, seed, clients = server.rounds, config.seed, config.clients
-    rank, own = clients.rank(client, round), None
+    rank, own = _rank(config, server, client), None
     if config.start == "own":
         own = generator(seed, "start", client + 1)
     elif clients.restarts and _drawn(config, "restart", round, client) < clients.restarts:
@@ -53,9 +53,16 @@ def start(
 
 def own_model(config: Config, server: Server, client: int, head: dict[str, Tensor]) -> Start:
     """A client's own model: the global one but for what stays with the client."""
-    factors = config.method.download(server, client, config.clients.rank(client, server.rounds))
+    factors = config.method.download(server, client, _rank(config, server, client))
     personal = config.local.personal_head
     return Start(factors, server.heads.get(client, head) if personal else server.head)
+
+
+def _rank(config: Config, server: Server, client: int) -> int | None:
+    """That of the configuration or, if it is smaller, what the client has pruned itself to."""
+    given = config.clients.rank(client, server.rounds)
+    known = [rank for rank in (given, server.ranks.get(client)) if rank is not None]
+    return min(known, default=None)
 
 
 def _drawn(config: Config, purpose: str, round: int, client: int) -> float:

@@ -37,8 +37,8 @@ from fedrot.simulation.adapter import (
 )
 from fedrot.simulation.data import divide
 from fedrot.simulation.grouped import mixed_layer
-from fedrot.simulation.local import draw_batches, train_clients
-from fedrot.simulation.measures import alignment, chosen_ranks, summarised
+from fedrot.simulation.local import draw_batches, no_regularizer, train_clients
+from fedrot.simulation.measures import alignment, chosen_ranks, mean_rank, summarised
 from fedrot.simulation.memory import Memory, remember
 from fedrot.simulation.participants import own_model, participants, start
 from fedrot.simulation.run_dir import Row, RunDir, open_run
@@ -228,12 +228,13 @@ def run_round(
         personal_head=config.local.personal_head,
     )
     seconds = time.perf_counter() - began
-    row = {
+    row: Row = {
         "round": update.server.rounds,
         **federation.evaluate(update.server),
         "train_loss": uploads.train_loss,
         **alignment(uploads, update),
         **(chosen_ranks(uploads, update) if config.method.chooses_ranks else {}),
+        **({"rank": mean_rank(uploads)} if config.method.prunes else {}),
         "seconds_local": uploads.seconds,
         "seconds_aggregation": seconds,
     }
@@ -255,6 +256,7 @@ def train_round(federation: Federation, server: Server, track: Track = no_progre
     """Local training of the round's participants, from the server or each from its own start."""
     config, model, round = federation.config, federation.model, server.rounds
     seed, clients, method = config.seed, participants(config, round), config.method
+    shared = config.start == "own"  # by all methods that are compared
     began = time.perf_counter()
     federation.frozen.set(server.merged)
     starts = [start(config, model, server, i, federation.head) for i in clients]
@@ -268,15 +270,18 @@ def train_round(federation: Federation, server: Server, track: Track = no_progre
         federation.data.train,
         batches,
         config.local,
-        # The uploads of an own start are shared by all methods.
-        parts="AB" if config.start == "own" else method.parts(round),
+        parts="AB" if shared else method.parts(round),
         heads=[start.head for start in starts],
         memory=federation.memory,
         dropout=[generator(seed, "dropout", round, i, device=model.device) for i in clients],
+        regularizer=no_regularizer if shared else method.regularizer,
         track=track,
     )
     _check_converging(clients, done.losses, round, config.local.lr)
-    trained = [Upload(*upload) for upload in zip(clients, done.factors, done.heads, strict=True)]
+    ends = done.factors
+    if not shared:
+        ends = [method.hand_in(s.factors, f) for s, f in zip(starts, ends, strict=True)]
+    trained = [Upload(*upload) for upload in zip(clients, ends, done.heads, strict=True)]
     uploads = [
         attacks.spoiled(u, old, config.clients, generator(seed, "attack", round, u.client))
         for u, old in zip(trained, starts, strict=True)
