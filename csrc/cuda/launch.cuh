@@ -27,7 +27,8 @@ const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threa
     config.stream = stream;
     error = cudaLaunchKernelEx(&config, kernel, arguments...);
   }
-  if (error == cudaSuccess) error = cudaGetLastError();
+  const cudaError_t last = cudaGetLastError();  // and forgets it: the next launch is another one
+  if (error == cudaSuccess) error = last;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -127,6 +127,7 @@ __device__ __noinline__ void rotate_by_warp(Partials<T> M, Wanted<T> wanted, T* 
   if (finite && wanted.lam > 0 && !rotate_rows(x, n, wanted.lam, wanted.proper, scratch)) {
     int slot = lane_index() == 0 ? pool.take() : 0;
     slot = __shfl_sync(whole_warp, slot, 0);
+    __syncwarp();  // a shuffle orders no memory
     rotate_in_workspace(g, M, wanted, static_cast<T*>(pool.memory) + slot * pool.slot_elements);
     if (lane_index() == 0) pool.give_back(slot);
     return;

@@ -123,6 +123,7 @@ __device__ __forceinline__ void covariance_of(const Call& call, const Table& tab
     __syncwarp();
     int arrived = lane_index() == 0 ? atomicAdd(counter, 1) : 0;
     arrived = __shfl_sync(whole_warp, arrived, 0);
+    __syncwarp();  // a shuffle orders no memory
     if (arrived != layer.units - 1) return;
     if (lane_index() == 0) *counter = 0;
     __threadfence();

@@ -164,6 +164,9 @@ def _averages(layout: Layout, mix: tuple[Tensor, Tensor] | None = None) -> dict[
     }
 
 
+_MOST_BLOCKS = 65535  # of a launch, on any axis but the first
+
+
 class Launches:
     """Every launch of one call over a :class:`Layout`."""
 
@@ -191,6 +194,12 @@ class Launches:
             "P": tile,
             **covariance_options(tile, *_multiplied_in(layout)),
         }
+        self._stacks = triton.cdiv(layout.clients * tile, self._covariance["STACK"])
+        if max(self._stacks, layout.clients) > _MOST_BLOCKS:
+            raise ValueError(
+                f"lora_A: Triton's kernels take fewer clients of rank {layout.largest_rank} in a "
+                f"call than {layout.clients}; use the CUDA backend or several calls"
+            )
         uniform_or_given = "uniform" if layout.weights is None else "given"
         self._rotation = {
             **_table(layout),
@@ -215,11 +224,10 @@ class Launches:
 
     def __call__(self) -> None:
         layout, clients = self._layout, self._layout.clients
-        stacks = triton.cdiv(clients * self._tile, self._covariance["STACK"])
         with _on(layout.device):
             layout.refresh()
             for group, (first_layer, end_layer, begin, end) in enumerate(self._groups):
-                covariance_kernel[(end - begin, stacks)](
+                covariance_kernel[(end - begin, self._stacks)](
                     first_unit=begin, **self._covariance, **self._vectors
                 )
                 for any_rank in (False, True):

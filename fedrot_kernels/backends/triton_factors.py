@@ -29,7 +29,7 @@ from fedrot_kernels.backends.triton_table import (
     SLOT,
     UNIT_ROW,
 )
-from fedrot_kernels.backends.triton_tiles import mask, multiply, pointers, tile
+from fedrot_kernels.backends.triton_tiles import mask, multiply, pointers, tile, widen
 
 
 @triton.jit
@@ -72,9 +72,9 @@ def _multiply_exactly(factor, matrix, acc, MATRIX_FIRST: tl.constexpr, MIX: tl.c
         else:
             acc = _multiply_split(factor, matrix, acc, MATRIX_FIRST)
     elif MATRIX_FIRST:
-        acc = multiply(matrix, factor.to(acc.dtype), acc)
+        acc = multiply(matrix, widen(factor, acc), acc)
     else:
-        acc = multiply(factor.to(acc.dtype), matrix, acc)
+        acc = multiply(widen(factor, acc), matrix, acc)
     return acc
 
 

@@ -23,7 +23,7 @@ from fedrot_kernels.backends.triton_table import (
     D,
     K,
 )
-from fedrot_kernels.backends.triton_tiles import mask, multiply, pointers, tile
+from fedrot_kernels.backends.triton_tiles import mask, multiply, pointers, tile, widen
 
 
 @triton.jit
@@ -106,7 +106,8 @@ def _load_stack(
     x = _load(base, stride, own, position, inside, ON_A, CLIENT, VECTOR)
     if CLIENT != REFERENCE:
         ref = _load(base_of_ref, stride_of_ref, of_ref, position, inside, ON_A, REFERENCE, VECTOR)
-        x = x.to(ACCUMULATE) + ref.to(ACCUMULATE)
+        zero = tl.zeros((1, 1), ACCUMULATE)
+        x = widen(x, zero) + widen(ref, zero)
     return x
 
 

@@ -34,8 +34,19 @@ def mask(rows, columns, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def widen(x, acc):
+    """A matrix in the type of ``acc``."""
+    wide = x.to(acc.dtype)
+    if acc.dtype == tl.float64 and x.dtype.primitive_bitwidth == 16:
+        # Triton lays operands of a product out by the type that they were loaded in, and has no
+        # product of float64 for the layout of 16 bits; a sum over nothing makes it forget that.
+        wide = tl.sum(wide[:, :, None], 2)
+    return wide
+
+
+@triton.jit
 def multiply(a, b, acc):
     """``acc + a b``: products of 16-bit values are exact, wider ones are of the wider type."""
     if a.dtype != b.dtype or _INTERPRETED:
-        a, b = a.to(acc.dtype), b.to(acc.dtype)
+        a, b = widen(a, acc), widen(b, acc)
     return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)

@@ -115,6 +115,8 @@ def compiled(kernel, target: str, arguments: dict[str, object]):
         ("sm_80", torch.float32, torch.float32, 4),
         ("sm_90", torch.float64, torch.float64, 3),
         ("sm_90", torch.bfloat16, torch.float32, 20),
+        ("sm_90", torch.bfloat16, torch.float64, 4),
+        ("sm_90", torch.float64, torch.float16, 16),
         ("gfx942", torch.float16, torch.float64, 8),
     ],
     ids=str,
@@ -153,6 +155,8 @@ def test_widened_factors_are_not_multiplied_as_tf32(tmp_path, monkeypatch):
         ("sm_80", torch.float32, torch.float32, 4),
         ("sm_90", torch.bfloat16, torch.bfloat16, 16),
         ("sm_90", torch.float64, torch.float64, 3),
+        ("sm_90", torch.bfloat16, torch.float64, 8),
+        ("sm_90", torch.float64, torch.float16, 4),
         ("sm_100", torch.bfloat16, torch.float32, 20),
         ("sm_100", torch.float16, torch.float16, 16),
         ("gfx942", torch.bfloat16, torch.bfloat16, 16),
@@ -184,9 +188,11 @@ def test_blocks_compile(target, client, out, r, tmp_path, monkeypatch):
         assert code["cubin"]
         assert "tf32" not in code["ptx"]
         if kernel.__name__ == "gram_kernel":
-            # 16-bit products in the matrix units, wide loads where rows allow them.
-            assert ("mma" in code["ptx"]) == (client == out and client != torch.float32)
-            assert r % 8 or "0x10" in code["ptx"] or "global.v4" in code["ptx"]
+            # 16-bit and float64 products in the matrix units, wide loads where rows allow them.
+            in_units = client == out != torch.float32 or torch.float64 in (client, out)
+            assert ("mma" in code["ptx"]) == in_units
+            wide = "0x10" in code["ptx"] or "global.v4" in code["ptx"]
+            assert r % 8 or client != out or wide
 
 
 def launches(client, out, r: int, monkeypatch) -> list[tuple[object, dict[str, object]]]:
@@ -205,6 +211,14 @@ def launches(client, out, r: int, monkeypatch) -> list[tuple[object, dict[str, o
     launched = recorded(backend, monkeypatch, *names)
     backend.Launches(layout, 0.4, True, True, None)()
     return launched
+
+
+def test_no_more_clients_than_a_grid_holds(monkeypatch):
+    from fedrot_kernels.backends import triton as backend
+
+    monkeypatch.setattr(backend, "_MOST_BLOCKS", 1)
+    with pytest.raises(ValueError, match="fewer clients of rank 8 in a call than 2"):
+        launches(torch.float32, torch.float32, 8, monkeypatch)
 
 
 def recorded(backend, monkeypatch, *names: str) -> list[tuple[object, dict[str, object]]]:
