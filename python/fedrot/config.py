@@ -204,6 +204,11 @@ class Config:
             raise FedrotError(f"clients.ranks must not exceed lora.r={self.lora.r}, got {largest}")
         if self.clients.ranks_change and not self.clients.ranks:
             raise FedrotError("clients.ranks_change=true needs clients.ranks, as [2, 4]")
+        if self.clients.ranks_change and method.prunes:
+            raise FedrotError(
+                f"clients of {method.name} keep the rank that they have pruned themselves to: "
+                "clients.ranks_change must be false, or method.decay=1"
+            )
         if self.clients.ranks_change and method.personal:
             raise FedrotError(
                 f"{method.name} leaves B with the clients, which has one rank: "

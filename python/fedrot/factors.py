@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
@@ -51,12 +52,24 @@ def check_factors(value: object, name: str) -> Factors:
 
 
 def by_name(error: Exception, layers: Sequence[str]) -> Exception:
-    """An operator's error, which counts layers, with their names."""
+    """An operator's error, which counts layers, with their names; another as it is."""
 
     def layer(match: re.Match[str]) -> str:
         return f"layer {layers[int(match[1])]}"
 
-    return type(error)(re.sub(r"\blayer (\d+)\b", layer, str(error)))
+    text, found = re.subn(r"\blayer (\d+)\b", layer, str(error))
+    return type(error)(text) if found else error
+
+
+@contextmanager
+def naming_layers(like: Factors) -> Iterator[None]:
+    """Errors of the operators, with the layers' names."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if (named := by_name(error, list(like.A))) is error:
+            raise
+        raise named from error
 
 
 def client_major(clients: Sequence[Factors]) -> tuple[list[Tensor], list[Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import fedrot_kernels  # noqa: F401  (registers torch.ops.fedrot)
-from fedrot.factors import Factors, client_major, within_range
+from fedrot.factors import Factors, client_major, naming_layers, within_range
 from fedrot_kernels.checks import check_weight_values
 
 
@@ -60,14 +60,15 @@ def rotation_angles(
     lora_A, lora_B = client_major([within_range(upload) for upload in uploads])
     ref_A, ref_B = list(reference.A.values()), list(reference.B.values())
     ranks = [A.shape[0] for A in ref_A] * len(uploads)
-    rotations = torch.ops.fedrot.align(
-        [pad(A, (0, 0, 0, r - A.shape[0])) for A, r in zip(lora_A, ranks, strict=True)],
-        [pad(B, (0, r - B.shape[1])) for B, r in zip(lora_B, ranks, strict=True)],
-        ref_A,
-        ref_B,
-        lam=1.0,
-        align=align,
-        proper=proper,
-    )
+    with naming_layers(reference):
+        rotations = torch.ops.fedrot.align(
+            [pad(A, (0, 0, 0, r - A.shape[0])) for A, r in zip(lora_A, ranks, strict=True)],
+            [pad(B, (0, r - B.shape[1])) for B, r in zip(lora_B, ranks, strict=True)],
+            ref_A,
+            ref_B,
+            lam=1.0,
+            align=align,
+            proper=proper,
+        )
     angles = [torch.linalg.eigvals(R.double()).angle().abs().mean() for R in rotations]
     return torch.rad2deg(torch.stack(angles)).reshape(len(uploads), len(ref_A))

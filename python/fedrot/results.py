@@ -16,7 +16,7 @@ MEANS = (  # of a group beside its accuracy: key, heading, format
     ("aggregation_error", "error", ".3f"),
     ("aggregation_error_plain", "plain", ".3f"),
     ("rotation_angle", "angle", ".1f"),
-    ("rank", "rank", ".1f"),  # of methods that choose it
+    ("rank", "rank", ".1f"),  # of methods that choose it, or whose clients do
 )
 
 

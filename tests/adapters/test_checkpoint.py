@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -43,7 +44,8 @@ def models(tmp_path):
 def test_models_of_folders_are_averaged(models, tmp_path):
     (a, b), (one, other) = models
     (a / "tokenizer.json").write_text("{}")
-    (a / "pytorch_model.bin").write_bytes(b"old")
+    for old in ("pytorch_model.bin", "model.onnx"):
+        (a / old).write_bytes(b"old")
     out = tmp_path / "out"
     result = CliRunner().invoke(
         app, ["aggregate", str(a), str(b), "-o", str(out), "--weights", "1,3"]
@@ -59,7 +61,7 @@ def test_models_of_folders_are_averaged(models, tmp_path):
         torch.testing.assert_close(t, 0.25 * one[name] + 0.75 * other[name], rtol=1e-5, atol=1e-7)
     known = json.loads((out / "fedrot_provenance.json").read_text())
     assert known["clients"][1]["path"] == str(b) and known["clients"][1]["weight"] == 0.75
-    assert len(known["clients"][1]["sha256"]) == len(list(b.glob("*.safetensors")))
+    assert len(known["clients"][1]["sha256"]) == 1 + len(list(b.glob("*.safetensors")))
 
 
 def test_a_merge_is_replaced_by_force_and_a_model_is_not(models, tmp_path):
@@ -85,10 +87,42 @@ def test_what_is_missing_or_damaged_is_named(models, tmp_path):
     shard.write_bytes((tmp_path / "shard").read_bytes()[:-1])
     with pytest.raises(FedrotError, match=f"{shard}: corrupt"):
         fedrot.aggregate([a, b])
-    for damaged in ("{", "[]", '{"weight_map": 3}'):
+    for damaged, wrong in (
+        ("{", "not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"weight_map": 3}', "not the index of a model's shards"),
+        ('{"weight_map": {"x": 3}}', "not the index of a model's shards"),
+    ):
         (b / "model.safetensors.index.json").write_text(damaged)
-        with pytest.raises(FedrotError, match=r"index\.json: not the index of a model's shards"):
+        with pytest.raises(FedrotError, match=rf"index\.json: {wrong}"):
             fedrot.aggregate([a, b])
     (b / "model.safetensors.index.json").unlink()
     with pytest.raises(FedrotError, match=r"adapter_config\.json and model\.safetensors are"):
         fedrot.aggregate([a, b])
+    (b / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(FedrotError, match=r"only pytorch_model\.bin, a pickle that could run code"):
+        fedrot.aggregate([a, b])
+
+
+def test_what_has_no_mean_is_refused(models):
+    (a, b), (one, _) = models
+    packed = one["lm_head.weight"].to(torch.float8_e4m3fn)
+    save_file({**one, "lm_head.weight": packed}, b / "model.safetensors")
+    with pytest.raises(
+        FedrotError, match=r"'lm_head\.weight' has dtype torch\.float8_e4m3fn, which"
+    ):
+        fedrot.aggregate([a, b])
+    config = json.loads((b / "config.json").read_text())
+    (b / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
+    with pytest.raises(FedrotError, match=r"config\.json has a quantization_config"):
+        fedrot.aggregate([a, b])
+
+
+def test_another_model_is_noted(models):
+    (a, b), _ = models
+    config = json.loads((b / "config.json").read_text())
+    (b / "config.json").write_text(
+        json.dumps({**config, "num_attention_heads": 4, "use_cache": False})
+    )
+    (note,) = fedrot.aggregate([a, b]).notes
+    assert note.startswith(f"{b}: config.json has num_attention_heads=4, the reference 2; merging")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small import small
 
+from fedrot.errors import FedrotError
 from fedrot.factors import Factors, rank_of
 from fedrot.simulation.adapter import load_adapter
 from fedrot.simulation.participants import participants
@@ -93,6 +94,22 @@ def test_hetlora_clients_prune_themselves(tmp_path):
         server = update
     assert ranks[0] == 1 and ranks[1] < 8
     assert {A.shape[0] for A in server.factors.A.values()} == {8}  # the server's own stays
+
+
+@pytest.mark.parametrize("personal", [False, True])
+def test_hetlora_with_a_trained_head(tmp_path, personal):
+    options = ["method.penalty=1", "local.head=true", f"local.personal_head={personal}".lower()]
+    summary = federate(small("hetlora", *options, "lora.r=4"), tmp_path)
+    ranks = [row["rank"] for row in RunDir(tmp_path).rows()]
+    assert summary["rank"] == pytest.approx(sum(ranks) / 3) and ranks[-1] < 4
+    assert "pruned themselves" in (tmp_path / "report.html").read_text()
+
+
+def test_clients_that_prune_themselves_have_one_rank():
+    options = ["clients.ranks=[4,1]", "clients.ranks_change=true", "lora.r=4"]
+    with pytest.raises(FedrotError, match=r"ranks_change must be false, or method\.decay=1"):
+        small("hetlora", *options)
+    assert not small("hetlora", "method.decay=1", *options).method.prunes
 
 
 def test_hetlora_trains_with_its_penalty():

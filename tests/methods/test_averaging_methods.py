@@ -77,10 +77,10 @@ def test_hetlora_tails_by_hand():
         "m": torch.tensor([[[5.0, 1, 3]], [[5, 2, 0]]]),
         "n": torch.tensor([[[5.0, 1, 4]], [[5, 3, 0]]]),
     }
-    method, ranks = HetLoRA(decay=0.7, penalty=0.5), torch.tensor([3, 2])
+    method, ranks = HetLoRA(decay=0.7, penalty=0.5), [3, 2]
     tails = [2 * 3 + 1 * 4, 5 * 2 + 1 * 3]
     assert method.regularizer(A, B, ranks).tolist() == [0.5 * tails[0], 0.5 * tails[1]]
-    assert method.regularizer(A, B, torch.tensor([1, 1])).tolist()[1] == 0.5 * tails[1]
+    assert method.regularizer(A, B, [1, 1]).tolist()[1] == 0.5 * tails[1]
     for p in (*A.values(), *B.values()):
         p.requires_grad_()
     method.regularizer(A, B, ranks).sum().backward()

@@ -59,7 +59,8 @@ def checked(
 
 def _check_values(tensors: Mapping[str, Tensor], keys: StateKeys, source: str) -> None:
     for key, tensor in tensors.items():
-        if tensor.dtype not in FLOATS and (key not in keys.plain or tensor.dtype == torch.bool):
+        whole = key in keys.plain and not (tensor.is_floating_point() or tensor.is_complex())
+        if tensor.dtype not in FLOATS and (not whole or tensor.dtype == torch.bool):
             raise FedrotError(
                 f"{source}: {key!r} has dtype {tensor.dtype}, which cannot be averaged"
             )

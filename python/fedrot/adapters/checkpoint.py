@@ -1,6 +1,5 @@
 """Whole models on disk, in the layout of transformers: read the weights of one, write one."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -8,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fedrot.adapters.adapter import Adapter, checked
-from fedrot.adapters.folder import PROVENANCE
+from fedrot.adapters.folder import PROVENANCE, read_json, read_safetensors
 from fedrot.errors import FedrotError
 from fedrot.files import new_folder
 
@@ -21,7 +19,10 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 # Of a model's folder, what is not copied beside its merged weights: those of other formats.
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".index.json", ".gguf")
+WEIGHT_FILES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".index.json"),
+    *(".gguf", ".onnx", ".ot", ".tflite"),
+)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -30,34 +31,35 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def read_checkpoint(path: Path) -> Adapter:
-    """The parameters of a model, from `model.safetensors` or the shards that its index names.
+    """The parameters of a model, from `model.safetensors` or the shards that its index names, and
+    its configuration.
 
     Raises:
-        FedrotError: naming the folder where a file is missing or corrupt, or as `checked`.
+        FedrotError: naming the folder where a file is missing or corrupt, the weights are
+            quantised, or as `checked`.
     """
+    config, digest = read_json(path / CONFIG)
+    if "quantization_config" in config:
+        raise FedrotError(
+            f"{path}: {CONFIG} has a quantization_config, and packed weights have no mean; "
+            "dequantize and save the model first"
+        )
     tensors: dict[str, Tensor] = {}
-    digests = {}
+    digests = {CONFIG: digest}
     for name in _weight_files(path):
         file = path / name
         if not file.is_file():
-            raise FedrotError(
-                f"{path}: adapter_config.json and {name} are missing, so this is neither a PEFT "
-                "adapter folder nor a model's"
-            )
-        data = file.read_bytes()
-        digests[name] = hashlib.sha256(data).hexdigest()
-        try:
-            tensors.update(load(data))
-        except SafetensorError as error:
-            raise FedrotError(f"{file}: corrupt or not a safetensors file ({error})") from error
-    return replace(checked(str(path), None, tensors, path=path), sha256=digests)
+            raise FedrotError(_missing(path, name))
+        found, digests[name] = read_safetensors(file)
+        tensors.update(found)
+    return replace(checked(str(path), None, tensors, path=path), config=config, sha256=digests)
 
 
 def write_checkpoint(
     output: Path, like: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]
 ) -> None:
-    """Write a model whole or not at all: these weights beside the other files of the folder `like`,
-    its configuration and tokenizer among them."""
+    """Write a model whole or not at all: these weights beside the other files (not folders) of the
+    folder `like`, its configuration and tokenizer among them."""
     with new_folder(output) as fresh:
         for file in sorted(like.iterdir()):
             if file.is_file() and not file.name.endswith(WEIGHT_FILES):
@@ -69,8 +71,19 @@ def write_checkpoint(
 def _weight_files(path: Path) -> list[str]:
     if (path / WEIGHTS).is_file() or not (path / INDEX).is_file():
         return [WEIGHTS]
-    try:
-        index = json.loads((path / INDEX).read_text())
-        return sorted(set(index["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise FedrotError(f"{path / INDEX}: not the index of a model's shards ({error})") from error
+    shards = read_json(path / INDEX)[0].get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+        raise FedrotError(f"{path / INDEX}: not the index of a model's shards")
+    return sorted(set(shards.values()))
+
+
+def _missing(path: Path, name: str) -> str:
+    if (path / "pytorch_model.bin").is_file():
+        return (
+            f"{path}: only pytorch_model.bin, a pickle that could run code when read; load the "
+            f"model and save_pretrained() it again to get {WEIGHTS}"
+        )
+    return (
+        f"{path}: adapter_config.json and {name} are missing, so this is neither a PEFT adapter "
+        "folder nor a model's"
+    )

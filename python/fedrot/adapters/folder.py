@@ -74,14 +74,7 @@ def _read_config(path: Path) -> tuple[Config, str]:
     file = path / CONFIG
     if not file.is_file():
         raise FedrotError(f"{path}: {CONFIG} is missing, so this is not a PEFT adapter folder")
-    try:
-        data = file.read_bytes()
-        config = json.loads(data.decode("utf-8"))
-    except ValueError as error:
-        raise FedrotError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise FedrotError(f"{file}: must hold a JSON object, got {type(config).__name__}")
-    return config, hashlib.sha256(data).hexdigest()
+    return read_json(file)
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -94,6 +87,23 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
                 f"load it with PEFT and save_pretrained() it again to get {WEIGHTS}"
             )
         raise FedrotError(f"{path}: {WEIGHTS} is missing")
+    return read_safetensors(file)
+
+
+def read_json(file: Path) -> tuple[dict[str, Any], str]:
+    """A JSON object, and the SHA-256 of the file; `FedrotError` naming it where it holds none."""
+    data = file.read_bytes()
+    try:
+        content = json.loads(data.decode("utf-8"))
+    except ValueError as error:
+        raise FedrotError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise FedrotError(f"{file}: must hold a JSON object, got {type(content).__name__}")
+    return content, hashlib.sha256(data).hexdigest()
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors, and the SHA-256 of the file."""
     data = file.read_bytes()
     try:
         return load(data), hashlib.sha256(data).hexdigest()

@@ -92,16 +92,16 @@ class Merged:
             FedrotError: the folder exists (`force` replaces one that holds an adapter, or a
                 merge), or holds one of the adapters that were merged.
         """
-        target = self.uploads.target
-        if target.path is None:
+        folder, target = Path(folder), self.uploads.target
+        model = target.path if target.kind is kinds.FULL else None
+        if model is None:
             self._check_is_adapter()
-        folder = Path(folder)
         adapters = [*self.uploads.adapters, target]
         check_output(folder, [a.path for a in adapters if a.path], force)
-        if target.kind is kinds.FULL and target.path is not None:
-            write_checkpoint(folder, target.path, self.tensors, self._provenance())
-        else:
+        if model is None:
             write_adapter(folder, self.config, self.tensors, self._provenance())
+        else:
+            write_checkpoint(folder, model, self.tensors, self._provenance())
 
     def add_to(self, model: PeftModel, name: str) -> None:
         """Add the adapter to a model under a new name: loaded, frozen, and not yet active.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedrot.adapters.adapter import Adapter
 from fedrot.adapters.config import MUST_AGREE, Config, base_change, with_ranks
+from fedrot.adapters.kinds import FULL
 from fedrot.adapters.layers import Layer
 from fedrot.errors import FedrotError
 from fedrot.factors import Factors, resized
@@ -327,6 +328,9 @@ def _like(value: Tensor, tensor: Tensor) -> Tensor:
 def _notes(adapters: Sequence[Adapter], reference: Adapter) -> list[str]:
     notes = []
     for adapter in adapters:
+        if reference.kind is FULL and adapter.config and reference.config:
+            notes += _other_model(adapter, reference)
+            continue
         for field in ("base_model_name_or_path", "revision"):
             ours, theirs = adapter.config.get(field), reference.config.get(field)
             if ours != theirs:
@@ -337,3 +341,16 @@ def _notes(adapters: Sequence[Adapter], reference: Adapter) -> list[str]:
     if reference.keys.magnitudes:
         notes.append(DORA_NOTE)
     return notes
+
+
+def _other_model(adapter: Adapter, reference: Adapter) -> list[str]:
+    """What the configurations of two models say of them, and not of how they were saved."""
+    said = {*adapter.config, *reference.config} - {
+        *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"),
+    }
+    return [
+        f"{adapter.source}: config.json has {field}={adapter.config.get(field)!r}, the reference "
+        f"{reference.config.get(field)!r}; merging is only right of one model"
+        for field in sorted(said)
+        if adapter.config.get(field) != reference.config.get(field)
+    ]

@@ -100,7 +100,9 @@ def read_lam(text: str) -> float | str:
 def aggregate(
     clients: Annotated[
         list[Path],
-        typer.Argument(metavar="CLIENT...", help="PEFT folders.", show_default=False),
+        typer.Argument(
+            metavar="CLIENT...", help="PEFT folders, or whole models.", show_default=False
+        ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)

@@ -119,26 +119,20 @@ class HetLoRA(Method):
         return self.decay < 1
 
     def regularizer(
-        self, A: Mapping[str, Tensor], B: Mapping[str, Tensor], ranks: Tensor
+        self, A: Mapping[str, Tensor], B: Mapping[str, Tensor], ranks: Sequence[int]
     ) -> Tensor | None:
         if not (self.prunes and self.penalty):
             return None
-        kept = torch.tensor([self._kept(r) for r in ranks.tolist()], device=ranks.device)
-        return self.penalty * _tail(A, B, kept)
+        return self.penalty * _tail(A, B, [self._kept(rank) for rank in ranks])
 
     def hand_in(self, start: Factors, trained: Factors) -> Factors:
         kept = self._kept(rank_of(trained))
-        before, after = (
-            float(
-                _tail(
-                    {module: A[None] for module, A in factors.A.items()},
-                    {module: B[None] for module, B in factors.B.items()},
-                    torch.tensor([kept]),
-                )
-            )
-            for factors in (start, trained)
-        )
-        return truncate(trained, kept) if after < before else trained
+
+        def tail(factors: Factors) -> float:
+            A, B = ({m: t[None] for m, t in side.items()} for side in (factors.A, factors.B))
+            return float(_tail(A, B, [kept]))
+
+        return truncate(trained, kept) if tail(trained) < tail(start) else trained
 
     def _kept(self, rank: int) -> int:
         return max(1, int(self.decay * rank + 1e-9))  # .29 * 100 is a little less than 29
@@ -188,14 +182,14 @@ class FedSALoRA(Method):
         return average(uploads, reference, weights)
 
 
-def _tail(A: Mapping[str, Tensor], B: Mapping[str, Tensor], kept: Tensor) -> Tensor:
-    """``sum_layers ||B_tail||_F ||A_tail||_F`` of every client ``(N,)``: of the directions from
-    ``kept`` ``(N,)`` on, ``A`` ``(N, r, k)`` and ``B`` ``(N, d, r)``."""
+def _tail(A: Mapping[str, Tensor], B: Mapping[str, Tensor], kept: Sequence[int]) -> Tensor:
+    """``sum_layers ||B_tail||_F ||A_tail||_F`` of every client ``(N,)``: of its directions from
+    ``kept`` on, ``A`` ``(N, r, k)`` and ``B`` ``(N, d, r)``."""
     tails = []
     for module, a in A.items():
-        cut = torch.arange(a.shape[1], device=kept.device) >= kept[:, None]  # (N, r)
-        norms = [(t * cut[:, None]).flatten(1).norm(dim=1) for t in (B[module], a.mT)]
-        tails.append(norms[0] * norms[1])
+        b = B[module]
+        norms = [(b[i, :, n:].norm(), a[i, n:].norm()) for i, n in enumerate(kept)]
+        tails.append(torch.stack([of_B * of_A for of_B, of_A in norms]))
     return torch.stack(tails).sum(0)
 
 

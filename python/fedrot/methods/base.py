@@ -6,15 +6,14 @@ Everything that lasts from one round to the next is in :class:`Server`; a method
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fedrot.factors import Factors, by_name, client_major, truncate
+from fedrot.factors import Factors, client_major, naming_layers, truncate
 from fedrot_kernels import ALIGN_MODES, rspace
 from fedrot_kernels.checks import check_weight_values, check_weights
 
@@ -28,7 +27,7 @@ class Server:
     client the ``B`` that stays with it. ``head``: trained parameters outside the adapter, and
     ``heads``, per client, where they stay with it (``head`` is their mean then, which nobody starts
     from). ``past``: factors and head of earlier rounds, the latest first, as many as are needed.
-    ``ranks``: per client what it pruned itself to.
+    ``ranks``: per client, where they prune themselves, that of its last upload.
     """
 
     factors: Factors
@@ -103,14 +102,14 @@ class Method(ABC):
         return truncate(server.factors, rank)
 
     def regularizer(
-        self, A: Mapping[str, Tensor], B: Mapping[str, Tensor], ranks: Tensor
+        self, A: Mapping[str, Tensor], B: Mapping[str, Tensor], ranks: Sequence[int]
     ) -> Tensor | None:
         """What clients add to their losses, ``(N,)``, if anything.
 
         Args:
             A, B: the factors of all of them by module, ``(N, r, k)`` and ``(N, d, r)``, zero beyond
                 a client's rank.
-            ranks: ``(N,)``.
+            ranks: of every client.
         """
         return None
 
@@ -262,15 +261,6 @@ def arguments(
             f"clients have layers {list(uploads[0].A)}, the reference has {list(reference.A)}"
         )
     return lora_A, lora_B, list(reference.A.values()), list(reference.B.values())
-
-
-@contextmanager
-def naming_layers(reference: Factors) -> Iterator[None]:
-    """Errors of the operators name layers, which they count."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise by_name(error, list(reference.A)) from None
 
 
 def checked_weights(

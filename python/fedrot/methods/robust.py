@@ -14,13 +14,12 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from fedrot.factors import HUGE, Factors, largest, within_range
+from fedrot.factors import HUGE, Factors, largest, naming_layers, within_range
 from fedrot.methods.base import (
     Method,
     arguments,
     average,
     checked_weights,
-    naming_layers,
     normalised,
     wide,
 )

@@ -183,7 +183,8 @@ def _client_fact(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _ranks(summary: Mapping[str, Any]) -> list[str]:
     """The ranks that the method chose, where it did."""
     if "ranks" not in summary:
-        return []
+        words = "Rank: mean over the clients of what is left when they have pruned themselves."
+        return [html.paragraph(words)] if "rank" in summary else []
     cells = [[module, str(rank)] for module, rank in summary["ranks"].items()]
     return [
         html.paragraph(

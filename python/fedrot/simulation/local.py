@@ -26,7 +26,7 @@ from fedrot.simulation.memory import Memory
 from fedrot.tasks import Batch
 from fedrot.tasks.base import example_losses, example_terms, trim
 
-Regularizer = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], Tensor | None]
+Regularizer = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Sequence[int]], Tensor | None]
 NO_EXAMPLE = -1  # in a batch that is not full
 
 
@@ -38,10 +38,6 @@ class Trained:
     factors: list[Factors]
     heads: list[dict[str, Tensor]]
     losses: Tensor
-
-
-def no_regularizer(A: Mapping[str, Tensor], B: Mapping[str, Tensor], ranks: Tensor) -> None:
-    """The loss as it is."""
 
 
 def draw_batches(examples: Tensor, local: Local, generator: torch.Generator) -> Tensor:
@@ -71,7 +67,7 @@ def train_clients(
     heads: Sequence[dict[str, Tensor]] | None = None,
     memory: Memory | None = None,
     dropout: Sequence[torch.Generator] | None = None,
-    regularizer: Regularizer = no_regularizer,
+    regularizer: Regularizer | None = None,
     track: Track = no_progress,
 ) -> Trained:
     """Train every client from its own factors on its own batches, where the model is.
@@ -125,7 +121,7 @@ class _Trainer:
     parts: str
     memory: Memory
     clock: Iterator[int]
-    regularizer: Regularizer
+    regularizer: Regularizer | None
 
     def run(
         self,
@@ -144,7 +140,7 @@ class _Trainer:
         counts = torch.where(rows != NO_EXAMPLE, terms, 0).sum(2).clamp(min=1)  # (steps, N)
         device = self.model.device
         lengths = torch.tensor([len(rows) for rows in batches], device=device)
-        ranks = torch.tensor([rank_of(start) for start in starts], device=device)
+        ranks = [rank_of(start) for start in starts]
         losses = torch.zeros(len(starts), dtype=torch.float64, device=device)
         with (
             grouped(self.model, starts, heads, dropout) as layers,
@@ -158,8 +154,10 @@ class _Trainer:
                     part = self._losses(layers, piece, full) / counts[step].to(device)
                     optimizer.add(part)
                     loss += part.detach()
-                if (more := self.regularizer(*layers.factors, ranks)) is not None:
-                    optimizer.add(more)
+                if self.regularizer is not None:
+                    more = self.regularizer(*layers.factors, ranks)
+                    if more is not None:
+                        optimizer.add(more, of_all=False)  # not of heads
                 active = None if full else step < lengths
                 optimizer.step(active)
                 losses += loss if active is None else torch.where(active, loss, 0.0)
@@ -206,9 +204,9 @@ class _Optimizer:
             kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[local.optimizer]
             self.optimizer = kind(options, weight_decay=decay, fused=True)
 
-    def add(self, losses: Tensor) -> None:
-        """Part of each client's loss ``(N,)``."""
-        more = torch.autograd.grad(losses.sum(), self.trained)
+    def add(self, losses: Tensor, *, of_all: bool = True) -> None:
+        """Part of each client's loss ``(N,)``; ``of_all``: it depends on all that is trained."""
+        more = torch.autograd.grad(losses.sum(), self.trained, materialize_grads=not of_all)
         so_far = self.gradients
         self.gradients = tuple(map(torch.add, so_far, more)) if so_far else more
 

@@ -37,7 +37,7 @@ from fedrot.simulation.adapter import (
 )
 from fedrot.simulation.data import divide
 from fedrot.simulation.grouped import mixed_layer
-from fedrot.simulation.local import draw_batches, no_regularizer, train_clients
+from fedrot.simulation.local import draw_batches, train_clients
 from fedrot.simulation.measures import alignment, chosen_ranks, mean_rank, summarised
 from fedrot.simulation.memory import Memory, remember
 from fedrot.simulation.participants import own_model, participants, start
@@ -274,7 +274,7 @@ def train_round(federation: Federation, server: Server, track: Track = no_progre
         heads=[start.head for start in starts],
         memory=federation.memory,
         dropout=[generator(seed, "dropout", round, i, device=model.device) for i in clients],
-        regularizer=no_regularizer if shared else method.regularizer,
+        regularizer=None if shared else method.regularizer,
         track=track,
     )
     _check_converging(clients, done.losses, round, config.local.lr)

@@ -153,7 +153,7 @@ def is_causal(model: Any, ids: Tensor) -> bool:
         ids[0] if ids[-1] != ids[0] else (ids[-1] + 1) % model.get_input_embeddings().num_embeddings
     )
     one, another = model(input_ids=torch.stack([ids, other])).logits[:, :-1]
-    return bool(torch.allclose(one, another, rtol=1e-3, atol=1e-3))
+    return bool(torch.allclose(one, another, rtol=1e-3, atol=1e-3, equal_nan=True))
 
 
 def classify_examples(
