@@ -310,3 +310,13 @@ def test_flora_looks_at_what_it_stacks():
     other = Factors({"x": torch.ones(1, 1)}, {"x": torch.ones(1, 1)})
     with pytest.raises(ValueError, match="client 1 has layers"):
         FLoRA().aggregate([uploads[0], other], reference)
+
+
+@pytest.mark.parametrize("method", [FlexLoRA(), FlexLoRA("reference"), FLoRA()])
+def test_shapes_that_do_not_fit_are_named(method):
+    like = Factors({"m": torch.ones(2, 5)}, {"m": torch.ones(3, 2)})
+    for A, B in (((2, 4), (3, 2)), ((2, 5), (4, 2)), ((2, 5), (3, 1))):
+        wrong = Factors({"m": torch.ones(A)}, {"m": torch.ones(B)})
+        wanted = rf"\(r, 5\) and \(3, r\) for client 1, layer 'm', got \({A[0]}, {A[1]}\) and"
+        with pytest.raises(ValueError, match=wanted):
+            method.aggregate([like, wrong], like)

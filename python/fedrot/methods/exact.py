@@ -73,7 +73,7 @@ class FlexLoRA(Method):
         generator: torch.Generator | None = None,
     ) -> Factors:
         checked_weights(uploads, reference, weights)  # and the layers
-        _check_finite(uploads)
+        _check(uploads, reference)
         if self.energy is not None:
             bounds = {module: A.shape[0] for module, A in reference.A.items()}
             values = singular_values(uploads, weights)
@@ -134,7 +134,7 @@ class FLoRA(Method):
         generator: torch.Generator | None = None,
     ) -> Factors:
         checked_weights(uploads, reference, weights)
-        _check_finite(uploads)
+        _check(uploads, reference)
         generator, A = drawing(generator, round), {}
         for module, like in reference.A.items():
             drawn = torch.empty(like.shape, dtype=like.dtype, device=generator.device)
@@ -143,10 +143,18 @@ class FLoRA(Method):
         return Factors(A, {module: torch.zeros_like(B) for module, B in reference.B.items()})
 
 
-def _check_finite(uploads: Sequence[Factors]) -> None:
+def _check(uploads: Sequence[Factors], reference: Factors) -> None:
+    """Raise ValueError where factors do not fit the reference's, whatever their rank, or are not
+    finite."""
     for i, upload in enumerate(uploads):
-        for side, factors in (("A", upload.A), ("B", upload.B)):
-            for module, t in factors.items():
+        for module, A in upload.A.items():
+            B, k, d = upload.B[module], reference.A[module].shape[1], reference.B[module].shape[0]
+            if A.shape != (len(A), k) or B.shape != (d, len(A)):
+                raise ValueError(
+                    f"lora_A and lora_B must be (r, {k}) and ({d}, r) for client {i}, layer "
+                    f"{module!r}, got {tuple(A.shape)} and {tuple(B.shape)}"
+                )
+            for side, t in (("A", A), ("B", B)):
                 if not torch.isfinite(t).all():
                     raise ValueError(
                         f"lora_{side} holds a non-finite value for client {i}, layer {module!r}"
