@@ -123,16 +123,15 @@ class HetLoRA(Method):
     ) -> Tensor | None:
         if not (self.prunes and self.penalty):
             return None
-        return self.penalty * _tail(A, B, [self._kept(rank) for rank in ranks])
+        tails = [
+            _tail([(A[m][i], B[m][i]) for m in A], self._kept(rank)) for i, rank in enumerate(ranks)
+        ]
+        return self.penalty * torch.stack(tails)
 
     def hand_in(self, start: Factors, trained: Factors) -> Factors:
         kept = self._kept(rank_of(trained))
-
-        def tail(factors: Factors) -> float:
-            A, B = ({m: t[None] for m, t in side.items()} for side in (factors.A, factors.B))
-            return float(_tail(A, B, [kept]))
-
-        return truncate(trained, kept) if tail(trained) < tail(start) else trained
+        before, after = (_tail([(f.A[m], f.B[m]) for m in f.A], kept) for f in (start, trained))
+        return truncate(trained, kept) if after < before else trained
 
     def _kept(self, rank: int) -> int:
         return max(1, int(self.decay * rank + 1e-9))  # .29 * 100 is a little less than 29
@@ -182,15 +181,10 @@ class FedSALoRA(Method):
         return average(uploads, reference, weights)
 
 
-def _tail(A: Mapping[str, Tensor], B: Mapping[str, Tensor], kept: Sequence[int]) -> Tensor:
-    """``sum_layers ||B_tail||_F ||A_tail||_F`` of every client ``(N,)``: of its directions from
-    ``kept`` on, ``A`` ``(N, r, k)`` and ``B`` ``(N, d, r)``."""
-    tails = []
-    for module, a in A.items():
-        b = B[module]
-        norms = [(b[i, :, n:].norm(), a[i, n:].norm()) for i, n in enumerate(kept)]
-        tails.append(torch.stack([of_B * of_A for of_B, of_A in norms]))
-    return torch.stack(tails).sum(0)
+def _tail(layers: Sequence[tuple[Tensor, Tensor]], kept: int) -> Tensor:
+    """``sum_layers ||B_tail||_F ||A_tail||_F`` of one client's ``A`` ``(r, k)`` and ``B``
+    ``(d, r)``: of its directions from ``kept`` on."""
+    return torch.stack([B[:, kept:].norm() * A[kept:].norm() for A, B in layers]).sum()
 
 
 def _norm(factors: Factors) -> float:

@@ -15,14 +15,7 @@ import torch
 from torch import Tensor
 
 from fedrot.factors import HUGE, Factors, largest, naming_layers, within_range
-from fedrot.methods.base import (
-    Method,
-    arguments,
-    average,
-    checked_weights,
-    normalised,
-    wide,
-)
+from fedrot.methods.base import Method, arguments, average, checked_weights, normalised, wide
 from fedrot_kernels import ALIGN_MODES, rspace
 
 T = TypeVar("T")
