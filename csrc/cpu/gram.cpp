@@ -10,30 +10,13 @@
 namespace fedrot::cpu {
 namespace {
 
-// out (size, size) <- the symmetric G (n, n) of which the lower triangle is given. Returns whether
-// every value is finite.
-template <class Acc>
-bool mirror(int size, int n, const Acc* G, Acc* out) {
-  constexpr int tile = 32;  // rows that are read and columns that are written stay in the cache
-  Acc bad = 0;
-  for (int i = 0; i < size; i += tile)
-    for (int j = 0; j <= i; j += tile)
-      for (int p = i; p < std::min(i + tile, size); ++p)
-        for (int q = j; q <= std::min(j + tile - 1, p); ++q) {
-          const Acc value = G[std::size_t(p) * n + q];
-          bad += value * 0;
-          out[std::size_t(p) * size + q] = out[std::size_t(q) * size + p] = value;
-        }
-  return bad == 0;
-}
-
 template <class Acc>
 bool gram_of(const Problem& problem, int r, Acc* out_A, Acc* out_B, int threads) {
   const Kernels<Acc>& table = kernels<Acc>();
-  const int size = (problem.clients + 1) * r, n = table.panel_width(size);
+  const int size = (problem.clients + 1) * r, n = table.gram_side(size);
   const std::size_t square = std::size_t(n) * n;
-  // Where there are fewer than some factors a thread, several threads share one: each fills the
-  // panels of its own and makes every parts-th column of tiles.
+  // Where there are fewer than some factors a thread, several threads share one: each brings rows
+  // together for itself and makes every parts-th row of tiles.
   const int factors = 2 * problem.layers, parts = std::max(1, 4 * threads / factors);
   const std::size_t scratch_size = whole_lines<Acc>(table.gram_scratch_size(problem.clients, r));
   const auto scratch = uninitialized<Acc>(scratch_size * threads);
@@ -50,11 +33,11 @@ bool gram_of(const Problem& problem, int r, Acc* out_A, Acc* out_B, int threads)
     if (parts == 1) std::fill(to, to + square, Acc(0));
     table.gram(problem, factor / 2, factor % 2 ? Side::B : Side::A, r, part, parts, to,
                scratch.get() + scratch_size * thread);
-    if (parts == 1 && !mirror(size, n, to, out(factor))) finite = false;
+    if (parts == 1 && !table.mirror(size, to, out(factor))) finite = false;
   });
   if (parts > 1)
     parallel_for(factors, threads, [&](int factor, int) {
-      if (!mirror(size, n, G.get() + square * factor, out(factor))) finite = false;
+      if (!table.mirror(size, G.get() + square * factor, out(factor))) finite = false;
     });
   return finite;
 }

@@ -1,34 +1,37 @@
 // Gram blocks of one layer: all directions of all clients and of the reference against each other.
-// The factors are brought to panels of positions, in which they lie side by side, and these are
-// multiplied with themselves.
+// Every direction is a row of positions, those of A as they lie in memory, and rows are multiplied
+// with each other as dot products, a tile of them at a time.
 #pragma once
 
 #include "panel.h"
-#include "product.h"
-#include "small_rank.h"
 
 namespace fedrot {
 inline namespace FEDROT_ISA {
 
-// Directions of a panel: whole vectors, zero beyond the last.
+// Rows and columns of a tile, whose sums stay in registers and fill whole vectors when added up.
+constexpr int gram_rows = vector_bytes == 64 ? 4 : 2, gram_cols = 4;
+
+// Side of G: whole tiles, and whole vectors.
 template <class Acc>
-int panel_width(int directions) {
-  return (directions + lanes<Acc> - 1) / lanes<Acc> * lanes<Acc>;
+int gram_side(int directions) {
+  constexpr int unit = std::max(lanes<Acc>, gram_cols);
+  return (directions + unit - 1) / unit * unit;
 }
 
-// Positions of a panel: as long a piece of every client's factor as half of a second-level cache
-// has room for, since memory is read much faster in long pieces.
+// Positions at a time: rows of all directions stay in the second-level cache.
 template <class Acc>
-int panel_length(int width) {
-  constexpr int elements = (256 << 10) / sizeof(Acc), shortest = 32, longest = 1024;
-  return std::min(longest, std::max(shortest, elements / width / 16 * 16));
+int gram_length(int side) {
+  constexpr int elements = (512 << 10) / sizeof(Acc), shortest = 64, longest = 1024;
+  return std::min(longest, std::max(shortest, elements / side / 16 * 16));
 }
 
+// Elements of scratch: pointers to the rows, a row of zeros, rows that are not read where they lie,
+// and one client before it becomes rows.
 template <class Acc>
 std::size_t gram_scratch(int clients, int r) {
-  const int n = panel_width<Acc>((clients + 1) * r), length = panel_length<Acc>(n);
-  // Rows of A that share a vector of the panel may belong to two clients more than fit.
-  return (std::size_t(n) + lanes<Acc> + 2 * r) * (length + panel_padding);
+  const int side = gram_side<Acc>((clients + 1) * r);
+  return side * sizeof(void*) / sizeof(Acc) +
+         std::size_t(side + r + 1) * (gram_length<Acc>(side) + panel_padding);
 }
 
 // One factor of a layer, of all clients (0 <= i < clients) and the reference (i == clients).
@@ -42,126 +45,181 @@ class Factor {
 
   // Positions begin <= t < begin + count; widened into `panel` unless they are Acc.
   Block<Acc> positions(int i, std::int64_t begin, int count, Acc* panel) const {
-    const Matrix* A = is_ref(i) ? problem_.ref_A : problem_.lora_A;
-    const Matrix* B = is_ref(i) ? problem_.ref_B : problem_.lora_B;
-    const DType dtype = is_ref(i) ? problem_.ref_dtype : problem_.client_dtype;
-    return block(side_, dtype, (side_ == Side::A ? A : B)[at(i)], rank(i), begin, count, panel);
+    return block(side_, dtype(i), matrix(i), rank(i), begin, count, panel);
+  }
+
+  // Of B, with r elements a position, zero beyond a rank; in `panel` unless they lie like that.
+  const Acc* packed(int i, int r, std::int64_t begin, int count, Acc* panel) const {
+    return packed_block(dtype(i), matrix(i), rank(i), r, begin, count, panel);
   }
 
  private:
   bool is_ref(int i) const { return i == problem_.clients; }
   int at(int i) const { return is_ref(i) ? layer_ : i * problem_.layers + layer_; }
+  DType dtype(int i) const { return is_ref(i) ? problem_.ref_dtype : problem_.client_dtype; }
+  const Matrix& matrix(int i) const {
+    return side_ == Side::A ? (is_ref(i) ? problem_.ref_A : problem_.lora_A)[at(i)]
+                            : (is_ref(i) ? problem_.ref_B : problem_.lora_B)[at(i)];
+  }
 
   const Problem& problem_;
   const int layer_;
   const Side side_;
 };
 
-// to (count, n) <- rows[p][t] for lanes<Acc> rows, n apart; a row that is null is zero.
+// C (gram_rows, gram_cols; rows n apart) += X Y^T for rows X and Y of `count` positions.
 template <class Acc>
-void transpose_rows(const Acc* const* rows, int count, Acc* to, std::int64_t n) {
-  constexpr int width = lanes<Acc>;
+inline void gram_tile(const Acc* const* X, const Acc* const* Y, int count, Acc* C, int n) {
+  constexpr int P = gram_rows, Q = gram_cols, L = lanes<Acc>;
+  const Acc *x[P], *y[Q];
+  FEDROT_UNROLL
+  for (int p = 0; p < P; ++p) x[p] = X[p];
+  FEDROT_UNROLL
+  for (int q = 0; q < Q; ++q) y[q] = Y[q];
+  Vector<Acc> sums[P * Q];
+  unrolled<P * Q>([&](int i) { sums[i] = Vector<Acc>{}; });
+  auto step = [&](auto load_at) __attribute__((always_inline)) {
+    Vector<Acc> right[Q];
+    FEDROT_UNROLL
+    for (int q = 0; q < Q; ++q) right[q] = load_at(y[q]);
+    FEDROT_UNROLL
+    for (int p = 0; p < P; ++p) {
+      const Vector<Acc> left = load_at(x[p]);
+      FEDROT_UNROLL
+      for (int q = 0; q < Q; ++q) sums[p * Q + q] += left * right[q];
+    }
+  };
   int t = 0;
-  for (; t + width <= count; t += width) {
-    Vector<Acc> v[width];
-    for (int p = 0; p < width; ++p) v[p] = rows[p] ? load(rows[p] + t) : Vector<Acc>{};
-    transpose<Acc>(v);
-    for (int p = 0; p < width; ++p) store(to + (t + p) * n, v[p]);
-  }
-  for (; t < count; ++t)
-    for (int p = 0; p < width; ++p) to[t * n + p] = rows[p] ? rows[p][t] : Acc(0);
+  for (; t + L <= count; t += L) step([=](const Acc* row) { return load(row + t); });
+  if (t < count) step([=](const Acc* row) { return load_partial(row + t, count - t); });
+  Acc totals[P * Q];
+  unrolled<P * Q / L>([&](int g) { store(totals + g * L, lane_sums<Acc>(sums + g * L)); });
+  for (int p = 0; p < P; ++p)
+    for (int q = 0; q < Q; ++q) C[p * std::int64_t(n) + q] += totals[p * Q + q];
 }
 
-// panel (count, n) <- positions of A (r_i, k) of all clients and the reference, r directions each.
+// to[p * row + t] <- X[t * R + p]. Positions change places within a vector, for all clients alike,
+// which dot products do not see.
+template <int R, class Acc>
+inline void turn_positions(const Acc* X, int count, Acc* to, std::int64_t row) {
+  for (int t = 0; t < count; t += lanes<Acc>) {
+    Vector<Acc> v[R];
+    for (int p = 0; p < R; ++p, X += lanes<Acc>) v[p] = load(X);
+    transpose_groups<R, Acc>(v);
+    for (int p = 0; p < R; ++p) store(to + p * row + t, v[p]);
+  }
+}
+
+// The same of any rank and stride, and nothing changes places.
 template <class Acc>
-void fill_from_A(const Factor<Acc>& A, int clients, int r, std::int64_t begin, int count, int n,
-                 Acc* panel, Acc* scratch) {
+inline void turn_positions(const Block<Acc>& X, int rank, int count, Acc* to, std::int64_t row) {
+  constexpr int L = lanes<Acc>;
+  for (int first = 0; first < rank; first += L) {
+    const int width = std::min(L, rank - first);
+    for (int t = 0; t < count; t += L) {
+      const Acc* from = X.data + t * X.position + first;
+      Vector<Acc> v[L];
+      for (int u = 0; u < L; ++u, from += X.position)
+        v[u] = t + u < count ? load_partial(from, width) : Vector<Acc>{};
+      transpose<Acc>(v);
+      for (int p = 0; p < width; ++p) store(to + (first + p) * row + t, v[p]);
+    }
+  }
+}
+
+// f(integral_constant R) where R is r, a power of two up to the length of a vector.
+template <class Acc, int R = lanes<Acc>, class F>
+inline void with_power_of_two(int r, F f) {
+  if (r == R) return f(std::integral_constant<int, R>{});
+  if constexpr (R > 1) with_power_of_two<Acc, R / 2>(r, f);
+}
+
+// rows[i * r + p] <- direction p of client i (0 <= i < clients) or of the reference (i == clients),
+// positions begin <= t < begin + count, in place or in memory; `zeros` beyond a rank.
+template <class Acc>
+void rows_of_A(const Factor<Acc>& A, int clients, int r, std::int64_t begin, int count,
+               const Acc* zeros, const Acc** rows, Acc* memory) {
+  for (int i = 0; i <= clients; ++i) {
+    const int rank = A.rank(i);
+    const Block<Acc> X = A.positions(i, begin, count, memory);
+    if (X.data == memory) memory += rank * std::int64_t(count + panel_padding);
+    for (int p = 0; p < r; ++p) *rows++ = p < rank ? X.data + p * X.direction : zeros;
+  }
+}
+
+template <class Acc>
+void rows_of_B(const Factor<Acc>& B, int clients, int r, std::int64_t begin, int count,
+               const Acc* zeros, const Acc** rows, Acc* memory) {
   const std::int64_t row = count + panel_padding;
-  for (int first = 0; first < n; first += lanes<Acc>) {
-    const Acc* rows[lanes<Acc>] = {};
-    Acc* widened = scratch;
-    // Directions first <= s < first + lanes, a client's at a time.
-    for (int s = first; s < std::min(first + lanes<Acc>, (clients + 1) * r);) {
-      const int i = s / r, end = std::min(first + lanes<Acc>, (i + 1) * r);
-      const Block<Acc> X = A.positions(i, begin, count, widened);
-      if (X.data == widened) widened += A.rank(i) * row;
-      for (; s < end; ++s)
-        if (s - i * r < A.rank(i)) rows[s - first] = X.data + (s - i * r) * X.direction;
+  Acc* widened = memory + (clients + 1) * r * row;
+  const bool by_groups = r <= lanes<Acc> && (r & (r - 1)) == 0;
+  const int turned = by_groups ? count / lanes<Acc> * lanes<Acc> : 0;
+  for (int i = 0; i <= clients; ++i, memory += r * row) {
+    const int rank = B.rank(i);
+    if (turned > 0) {
+      const Acc* X = B.packed(i, r, begin, turned, widened);
+      with_power_of_two<Acc>(r, [&](auto R) { turn_positions<R>(X, turned, memory, row); });
     }
-    transpose_rows(rows, count, panel + first, n);
+    if (turned < count)
+      turn_positions(B.positions(i, begin + turned, count - turned, widened), rank, count - turned,
+                     memory + turned, row);
+    for (int p = 0; p < r; ++p) *rows++ = p < rank ? memory + p * row : zeros;
   }
 }
 
-// The same of B (d, r_i): clients that share a vector of the panel together. Acc may be a type that
-// is not computed with, too.
-template <class Acc>
-void fill_from_B(const Factor<Acc>& B, int clients, int r, std::int64_t begin, int count, int n,
-                 Acc* panel, Acc* scratch) {
-  constexpr int most = lanes<Acc>;
-  const int together = std::max(1, most / r);
-  for (int first = 0; first <= clients; first += together) {
-    const int group = std::min(together, clients + 1 - first);
-    Block<Acc> X[most];
-    bool full = true;
-    for (int c = 0; c < group; ++c) {
-      const int rank = B.rank(first + c);
-      X[c] = B.positions(first + c, begin, count,
-                         scratch + std::int64_t(c) * r * (count + panel_padding));
-      full &= rank == r;
-    }
-    Acc* to = panel + first * r;
-    auto place = [&](auto width) {
-      constexpr int hot = 128;  // rows of the panel that all clients of a group find in the cache
-      for (int top = 0; top < count; top += hot)
-        for (int c = 0; c < group; ++c) {
-          const std::int64_t position = X[c].position;
-          const Acc* from = X[c].data + top * position;
-          Acc* row = to + top * std::int64_t(n) + c * r;
-          for (int t = top; t < std::min(top + hot, count); ++t, from += position, row += n)
-            for (int p = 0; p < width; ++p) row[p] = from[p];
-        }
-    };
-    if (full && r <= small_rank<Acc>) {
-      with_rank<Acc>(r, place);
-    } else if (full) {
-      place(r);
-    } else {
-      for (int t = 0; t < count; ++t)
-        for (int c = 0; c < group; ++c)
-          for (int p = 0; p < r; ++p)
-            to[t * std::int64_t(n) + c * r + p] =
-                p < B.rank(first + c) ? X[c].data[t * X[c].position + p] : Acc{};
-    }
-  }
-  for (int t = 0; t < count; ++t)
-    std::fill(panel + t * std::int64_t(n) + (clients + 1) * r, panel + (t + 1) * std::int64_t(n),
-              Acc{});
-}
-
-// G (n, n), n = panel_width((clients + 1) r) <- the products of all directions of one factor of a
-// layer, on and below the diagonal; blocks of r, zero beyond a rank. Only columns of the first-th
-// and every step-th pair of vectors after it: what several threads make together.
+// G (side, side), side = gram_side((clients + 1) r) <- the products of all directions of one factor
+// of a layer, on and below the diagonal; blocks of r, zero beyond a rank. Only the first-th and
+// every step-th row of tiles after it: what several threads make together.
 template <class Acc>
 void gram(const Problem& problem, int layer, Side side, int r, int first, int step, Acc* G,
           Acc* scratch) {
-  constexpr int inner =
-      96;  // positions at a time: tiles of the panel stay in the first-level cache
   const Layer s = problem.shapes[layer];
-  const int n = panel_width<Acc>((problem.clients + 1) * r), length = panel_length<Acc>(n);
+  const int directions = (problem.clients + 1) * r, n = gram_side<Acc>(directions),
+            length = gram_length<Acc>(n);
   const std::int64_t all = side == Side::A ? s.k : s.d;
   const Factor<Acc> factor(problem, layer, side);
-  Acc *panel = scratch, *widened = panel + std::int64_t(n) * length;
-  Ahead ahead{};
+  const Acc** rows = reinterpret_cast<const Acc**>(scratch);
+  Acc* zeros = scratch + n * (sizeof(void*) / sizeof(Acc));
+  Acc* memory = zeros + length + panel_padding;
+  std::fill(zeros, memory, Acc(0));
+  std::fill(rows, rows + n, zeros);
   for (std::int64_t begin = 0; begin < all; begin += length) {
     const int count = int(std::min<std::int64_t>(length, all - begin));
-    if (side == Side::A)
-      fill_from_A(factor, problem.clients, r, begin, count, n, panel, widened);
-    else
-      fill_from_B(factor, problem.clients, r, begin, count, n, panel, widened);
-    for (int t = 0; t < count; t += inner)
-      product_lower(n, std::min(inner, count - t), panel + std::int64_t(t) * n, first, step, G,
-                    ahead);
+    (side == Side::A ? rows_of_A<Acc> : rows_of_B<Acc>)(factor, problem.clients, r, begin, count,
+                                                        zeros, rows, memory);
+    for (int i = gram_rows * first; i < directions; i += gram_rows * step)
+      for (int j = 0; j < i + gram_rows; j += gram_cols)
+        gram_tile(rows + i, rows + j, count, G + i * std::int64_t(n) + j, n);
   }
+}
+
+// out (size, size) <- the symmetric G (side, side) of which the lower triangle is given, by squares
+// of whole vectors. Returns whether every value is finite.
+template <class Acc>
+bool mirror(int size, const Acc* G, Acc* out) {
+  constexpr int L = lanes<Acc>;
+  const std::int64_t n = gram_side<Acc>(size);
+  Vector<Acc> bad = {};
+  for (int i = 0; i < size; i += L) {
+    const int rows = std::min(L, size - i);
+    for (int j = 0; j < i && rows == L; j += L) {
+      Vector<Acc> v[L];
+      for (int p = 0; p < L; ++p) {
+        v[p] = load(G + (i + p) * n + j);
+        store(out + std::int64_t(i + p) * size + j, v[p]);
+        bad += v[p] * 0;
+      }
+      transpose<Acc>(v);
+      for (int p = 0; p < L; ++p) store(out + std::int64_t(j + p) * size + i, v[p]);
+    }
+    for (int p = i; p < i + rows; ++p)
+      for (int q = rows == L ? i : 0; q <= p; ++q) {
+        const Acc value = G[p * n + q];
+        out[std::int64_t(p) * size + q] = out[std::int64_t(q) * size + p] = value;
+        bad[0] += value * 0;
+      }
+  }
+  return horizontal_sum<Acc>(bad) == 0;
 }
 
 }  // namespace FEDROT_ISA

@@ -23,7 +23,8 @@ cpu::Kernels<Acc> table() {
       fetches_in_order<Acc>, scratch_size<Acc>,   rotation_scratch<Acc>,
       reference_size<Acc>,   load_reference<Acc>, covariance<Acc>,
       rotations<Acc>,        polars<Acc>,         apply<Acc>,
-      panel_width<Acc>,      gram_scratch<Acc>,   gram<Acc>,
+      gram_side<Acc>,        gram_scratch<Acc>,   gram<Acc>,
+      mirror<Acc>,
   };
 }
 
@@ -56,7 +57,7 @@ cpu::Kernels<float> table<float>() {
                    : apply<float>(p, layer, side, begin, end, first, last, W, ahead, out, sums,
                                   scratch);
       },
-      panel_width<float>,
+      gram_side<float>,
       [](int clients, int r) {
         return std::max(gram_scratch<float>(clients, r), tile_gram_scratch(clients, r));
       },
@@ -64,7 +65,8 @@ cpu::Kernels<float> table<float>() {
          float* scratch) {
         gram_uses_tiles(p) ? tile_gram(p, layer, side, r, first, step, G, scratch)
                            : gram<float>(p, layer, side, r, first, step, G, scratch);
-      }};
+      },
+      mirror<float>};
 }
 #endif
 

@@ -70,9 +70,11 @@ struct Kernels {
                 int last, const Acc* W, Ahead&, const Matrix& out, Acc* sums, Acc* scratch);
   // Gram blocks of one factor of a layer, see gram.h: the side of G, elements of scratch, and G
   // (zero before).
-  int (*panel_width)(int directions);
+  int (*gram_side)(int directions);
   std::size_t (*gram_scratch_size)(int clients, int r);
   void (*gram)(const Problem&, int layer, Side, int r, int first, int step, Acc* G, Acc* scratch);
+  // out (size, size) <- G of so many directions. Returns whether every value is finite.
+  bool (*mirror)(int size, const Acc* G, Acc* out);
 };
 
 template <class Acc>

@@ -167,21 +167,5 @@ inline void product(int rows, int cols, int terms, const Term<Acc, T>* term, Int
                                                        packed, ahead);
 }
 
-// C (n, n) += X X^T on and below the diagonal, for X (n, inner) at X[t * n + p] and n a multiple of
-// the vector length: every `step`-th pair of vectors of columns from the first-th on.
-template <class Acc>
-inline void product_lower(int n, int inner, const Acc* X, int first, int step, Acc* C,
-                          Ahead& ahead) {
-  constexpr int width = lanes<Acc>;
-  const Term<Acc> term{X, 1, n, X, n, inner};
-  for (int col = 2 * width * first; col < n; col += 2 * width * step)
-    if (n - col >= 2 * width)
-      product_rows<wide_rows, 2, true, true>(n, 1, &term, col, col, width, Into::added, C, n,
-                                             ahead);
-    else
-      product_rows<narrow_rows(true), 1, true, true>(n, 1, &term, col, col, width, Into::added, C,
-                                                     n, ahead);
-}
-
 }  // namespace FEDROT_ISA
 }  // namespace fedrot

@@ -43,6 +43,25 @@ inline void transpose(Vector<T>* rows) {
   }
 }
 
+// A stage of a transposition: bit `stage` of the number of the row against that of the lane.
+template <int stage, class T, int... i>
+inline void exchange(Vector<T>& low, Vector<T>& high, std::integer_sequence<int, i...>) {
+  constexpr int L = lanes<T>;
+  const Vector<T> a = low, b = high;
+  low = shuffle<(i & stage ? L + i - stage : i)...>(a, b);
+  high = shuffle<(i & stage ? L + i : i + stage)...>(a, b);
+}
+
+// Lane g R + p of rows[q] <-> lane g R + q of rows[p], 0 <= p, q < R, R a power of two.
+template <int R, class T, int stage = R / 2>
+inline void transpose_groups(Vector<T>* rows) {
+  if constexpr (stage > 0) {
+    for (int p = 0; p < R; ++p)
+      if (!(p & stage)) exchange<stage, T>(rows[p], rows[p + stage], LaneIndices<T>());
+    transpose_groups<R, T, stage / 2>(rows);
+  }
+}
+
 // The lanes of v moved down by `distance`, around the end.
 template <int distance, class V, int... I>
 inline V rotate_lanes_by(V v, std::integer_sequence<int, I...>) {
@@ -57,6 +76,20 @@ inline T horizontal_sum(Vector<T> v) {
     return v[0];
   else
     return horizontal_sum<T, half / 2>(v + rotate_lanes_by<half>(v, LaneIndices<T>()));
+}
+
+// Lane i <- the sum of all lanes of v[i], lanes<T> vectors.
+template <class T, int half = lanes<T> / 2>
+__attribute__((always_inline)) inline Vector<T> lane_sums(const Vector<T>* v) {
+  constexpr LaneIndices<T> all;
+  Vector<T> next[half];
+  unrolled<half>([&](int i) {
+    next[i] = interleave<false>(v[i], v[i + half], all) + interleave<true>(v[i], v[i + half], all);
+  });
+  if constexpr (half == 1)
+    return next[0];
+  else
+    return lane_sums<T, half / 2>(next);
 }
 
 // Every lane of `best` and `at` <- the largest of `best` and its `at`, of equals the smallest `at`.

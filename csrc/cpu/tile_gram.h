@@ -6,6 +6,7 @@
 
 #if defined(__AMX_BF16__)
 #include "gram.h"
+#include "small_rank.h"
 
 namespace fedrot {
 inline namespace FEDROT_ISA {
@@ -23,7 +24,7 @@ inline int tile_gram_length(int n) {
 
 // Floats of scratch: the tiles of both sides, and a panel.
 inline std::size_t tile_gram_scratch(int clients, int r) {
-  const std::size_t n = panel_width<float>((clients + 1) * r);
+  const std::size_t n = gram_side<float>((clients + 1) * r);
   return n * tile_gram_length(int(n)) * 3 / 2;
 }
 
@@ -48,11 +49,57 @@ inline void tiles_from_A(const Factor<BFloat16>& A, int clients, int r, std::int
     }
 }
 
+// panel (count, n) <- positions of B (d, r_i) of all clients and the reference, r directions each:
+// clients that share a vector of the panel together.
+template <class Acc>
+void fill_from_B(const Factor<Acc>& B, int clients, int r, std::int64_t begin, int count, int n,
+                 Acc* panel, Acc* scratch) {
+  constexpr int most = lanes<Acc>;
+  const int together = std::max(1, most / r);
+  for (int first = 0; first <= clients; first += together) {
+    const int group = std::min(together, clients + 1 - first);
+    Block<Acc> X[most];
+    bool full = true;
+    for (int c = 0; c < group; ++c) {
+      const int rank = B.rank(first + c);
+      X[c] = B.positions(first + c, begin, count,
+                         scratch + std::int64_t(c) * r * (count + panel_padding));
+      full &= rank == r;
+    }
+    Acc* to = panel + first * r;
+    auto place = [&](auto width) {
+      constexpr int hot = 128;  // rows of the panel that all clients of a group find in the cache
+      for (int top = 0; top < count; top += hot)
+        for (int c = 0; c < group; ++c) {
+          const std::int64_t position = X[c].position;
+          const Acc* from = X[c].data + top * position;
+          Acc* row = to + top * std::int64_t(n) + c * r;
+          for (int t = top; t < std::min(top + hot, count); ++t, from += position, row += n)
+            for (int p = 0; p < width; ++p) row[p] = from[p];
+        }
+    };
+    if (full && r <= small_rank<Acc>) {
+      with_rank<Acc>(r, place);
+    } else if (full) {
+      place(r);
+    } else {
+      for (int t = 0; t < count; ++t)
+        for (int c = 0; c < group; ++c)
+          for (int p = 0; p < r; ++p)
+            to[t * std::int64_t(n) + c * r + p] =
+                p < B.rank(first + c) ? X[c].data[t * X[c].position + p] : Acc{};
+    }
+  }
+  for (int t = 0; t < count; ++t)
+    std::fill(panel + t * std::int64_t(n) + (clients + 1) * r, panel + (t + 1) * std::int64_t(n),
+              Acc{});
+}
+
 // As gram() of floats, but every step-th row of tiles from the first-th on.
 inline void tile_gram(const Problem& problem, int layer, Side side, int r, int first, int step,
                       float* G, float* scratch) {
   const Layer s = problem.shapes[layer];
-  const int n = panel_width<float>((problem.clients + 1) * r), tiles = n / tile_rows,
+  const int n = gram_side<float>((problem.clients + 1) * r), tiles = n / tile_rows,
             length = tile_gram_length(n);
   const std::int64_t all = side == Side::A ? s.k : s.d, bytes = 2 * std::int64_t(n) * length;
   const Factor<BFloat16> factor(problem, layer, side);

@@ -52,13 +52,13 @@ def gpa(
     M, f = toward(R)
     active = torch.ones_like(f, dtype=torch.bool)
     for _ in range(iterations):
-        new = torch.ops.fedrot.polar(M, proper=proper)
+        new = R.clone()
+        new[active] = torch.ops.fedrot.polar(M[active], proper=proper)
         new_M, new_f = toward(new)
         slow = active & ~(new_f - f > tolerance * f.abs())
         if bool(slow.any()):
-            with_own = M + blocks.weights[:, None, None] * (own @ R)
-            safe = torch.ops.fedrot.polar(with_own, proper=proper)
-            new = torch.where(_each(slow), safe, new)
+            with_own = M[slow] + blocks.weights[:, None, None] * (own[slow] @ R[slow])
+            new[slow] = torch.ops.fedrot.polar(with_own, proper=proper)
             new_M, new_f = toward(new)
         better = active & (new_f > f)  # not where rounding alone has moved it
         R, M = torch.where(_each(better), new, R), torch.where(_each(better), new_M, M)

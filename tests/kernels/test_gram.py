@@ -131,15 +131,17 @@ def test_other_instruction_sets(isa):
     assert done.returncode == 0, done.stderr
 
 
-def test_views_in_a_sentinel_filled_buffer():
-    plain = planted(3, [(9, 514, 4), (531, 8, 2)], torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ranks", [None, [4, 1, 2]], ids=str)
+def test_views_in_a_sentinel_filled_buffer(dtype, ranks):
+    plain = planted(3, [(9, 514, 4), (531, 8, 4), (35, 33, 5)], dtype, ranks=ranks)
 
     def bury(t):
         buffer = torch.full((t.shape[0] + 2, t.shape[1] + 5), float("nan"), dtype=t.dtype)
         buffer[1:-1, 2:-3] = t
         return buffer[1:-1, 2:-3]
 
-    mix = mixes(plain, torch.float32)
+    mix = mixes(plain, compute(dtype))
     buried = plain.map(bury)
     for a, e in zip(op.gram(*buried), op.gram(*plain), strict=True):
         assert torch.equal(a, e)
