@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fedrot
 from fedrot.adapters import check_output, folder, gather, read_adapter, write_adapter
 from fedrot.errors import FedrotError
+from fedrot.files import _swap_in
 
 A = "base_model.model.lin1.lora_A.weight"
 B = "base_model.model.lin1.lora_B.weight"
@@ -145,6 +147,23 @@ def test_write_is_all_or_nothing(save, tmp_path, monkeypatch):
     write_adapter(output, adapter.config, adapter.tensors, {"n": 2})
     assert json.loads((output / folder.PROVENANCE).read_text()) == {"n": 2}
     assert [p.name for p in output.parent.iterdir()] == ["out"]
+
+
+def test_the_old_folder_stays_where_the_new_one_cannot_be_put(tmp_path):
+    old = tmp_path / "adapter"
+    old.mkdir()
+    (old / "weights").touch()
+    with pytest.raises(FileNotFoundError):
+        _swap_in(tmp_path / "missing", old, tmp_path / "aside")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert (old / "weights").exists()
+
+
+def test_the_reference_is_not_replaced_by_what_was_aligned_to_it(save):
+    a, ref = save("a", 1), save("ref", 2)
+    merged = fedrot.aggregate([a], ref)
+    with pytest.raises(FedrotError, match=r"the output would replace the input .*ref"):
+        merged.save(ref, force=True)
 
 
 def test_output_must_not_destroy_anything(save, tmp_path):

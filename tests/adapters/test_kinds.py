@@ -74,6 +74,15 @@ def test_the_command_writes_what_peft_loads(tools, tmp_path, title):
     torch.testing.assert_close(tools.says(models[2]), says, rtol=0, atol=1e-6)
 
 
+def test_distances_count_clients_by_their_weight(tools):
+    models = [adapted(tools, CONFIGS["(IA)3"](), seed) for seed in (1, 2)]
+    one, two = (fedrot.aggregate([m]).tensors for m in models)
+    apart = sum(float((one[key] - two[key]).square().sum()) for key in one if "ia3_l" in key)
+    found = fedrot.aggregate(models, models[0], weights=[3, 1]).distances
+    wanted = pytest.approx((0.25 * apart) ** 0.5)
+    assert found == {"distance_plain": wanted, "distance_aligned": wanted}
+
+
 def test_a_soft_rotation_is_part_of_the_way(tools):
     models = [adapted(tools, CONFIGS["LoHa"](), seed) for seed in (1, 2)]
     whole, half, none = (

@@ -258,6 +258,14 @@ def test_pissa_needs_the_same_rank_and_scaling(save, tools, tmp_path):
         run([a, save("alpha", 3, init_lora_weights="pissa", lora_alpha=16)], tmp_path / "n")
     with pytest.raises(FedrotError, match="would have rank 6"):
         run([a, b], tmp_path / "n", rank=6)
+    with pytest.raises(FedrotError, match=r"a: init_lora_weights='pissa' .* for rank 4"):
+        run(
+            [save("six", 4, init_lora_weights="pissa", r=6, lora_alpha=12)],
+            tmp_path / "n",
+            a,
+            None,
+            rank=6,
+        )
 
 
 def test_multihead_attention_patterns_cover_the_output_projection(tmp_path):

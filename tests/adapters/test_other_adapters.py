@@ -307,6 +307,9 @@ def test_whole_parameters_are_averaged(tools):
     gen = torch.Generator().manual_seed(1)
     deltas = [{k: torch.randn(v.shape, generator=gen) for k, v in base.items()} for _ in range(2)]
     models = [{k: base[k] + delta[k] for k in base} for delta in deltas]
+    counted = [{**m, "steps": torch.tensor(n)} for n, m in enumerate(models, 1)]
+    found = fedrot.aggregate([(m, None) for m in counted], weights=[1, 3]).tensors["steps"]
+    assert found == 2 and found.dtype == torch.int64  # the mean is 1.75
     merged = fedrot.aggregate([(m, None) for m in models], weights=[1, 3])
     mean = {k: base[k] + 0.25 * deltas[0][k] + 0.75 * deltas[1][k] for k in base}
     assert_states(merged.tensors, mean, 1e-6)

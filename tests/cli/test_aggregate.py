@@ -261,6 +261,9 @@ def test_a_robust_rule_leaves_out_the_bad_one(tmp_path):
         torch.testing.assert_close(product, read(good)[KEY_B] @ read(good)[KEY_A])
     made = json.loads((out / "fedrot_provenance.json").read_text())["method"]
     assert made["rule"] == "multi-krum" and made["proper"] is False
+    assert fedrot(*args, "--rule", "median", "--proper", "--force")[0] == 0
+    made = json.loads((out / "fedrot_provenance.json").read_text())["method"]
+    assert made["rule"] == "median" and made["proper"] is True
     # The change of the bad one is cut to the length asked for; the others do not change.
     moved = (read(folders[-1])[KEY_B] - read(good)[KEY_B]).norm()
     code, _, stderr = fedrot(*args, "--rule", "clip", "--bound", 0.01 * float(moved), "--force")

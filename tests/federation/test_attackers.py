@@ -48,7 +48,8 @@ def test_noise_is_as_large_as_it_says(honest):
             ratio = added.square().mean().sqrt() / change.square().mean().sqrt()
             assert 3.5 < float(ratio) < 6.5
     added = [found[i].B[module] - plain[i].B[module] for i in (2, 3)]
-    assert not torch.allclose(added[0], added[1])
+    added = [t / t.norm() for t in added]  # sizes differ with what was trained
+    assert abs(float((added[0] * added[1]).sum())) < 0.7
 
 
 def test_labels_are_turned_around_for_attackers_alone(honest):

@@ -313,6 +313,8 @@ def test_common_options_reach_the_methods_that_have_use_for_them(tmp_path):
         (["method.rotation=shifted", "method.align=alternate"], "--lam 0.0"),  # round 0
         (["method.rotation=random"], None),
         (["method.name=robust", "method.rule=krum"], "--lam 1.0 --rule krum"),
+        (["clients.weights=samples"], None),  # which the folders do not tell
+        (["method.name=robust", "method.rule=clip", "local.head=true"], None),
     ],
 )
 def test_the_command_that_merges_once_more(tmp_path, method, options):

@@ -9,6 +9,7 @@ from fedrot.config import load
 from fedrot.errors import FedrotError
 from fedrot.methods import FedIT, FedRot, Robust
 from fedrot.options import build, first_difference, flatten, merge, parse_overrides, read_yaml
+from fedrot.simulation.comparison import configure, parse_variant
 
 
 def test_defaults_are_the_rounds_setting():
@@ -21,6 +22,7 @@ def test_defaults_are_the_rounds_setting():
     )
     assert (config.local.optimizer, config.local.lr, config.local.steps) == ("sgd", 0.3, 20)
     assert config.method == FedRot(lam=0.4)
+    assert (config.threads, config.device) == (1, "cpu")  # the same numbers on every machine
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,14 @@ def test_settings(setting, lam, rounds, optimizer):
     assert (config.rounds, config.local.optimizer) == (rounds, optimizer)
     assert config.regauge == (setting == "regauge")
     assert config.start == ("own" if setting == "one-shot" else "shared")
+
+
+def test_what_is_stronger():
+    """A setting than the task's preset (a rate of .1), a method's own options than common ones."""
+    assert load({"task": {"name": "strings"}}).local.lr == 0.1
+    assert load({"task": {"name": "strings"}, "setting": "one-shot"}).local.lr == 1e-2
+    common = {"method": {"lam": 0.3, "align": "A"}}
+    assert configure(common, parse_variant("fedrot:lam=0.5")).method == FedRot(0.5, "A")
 
 
 def test_a_setting_leaves_methods_their_own_defaults():

@@ -78,7 +78,10 @@ WAYS = {
     "micro-batches of epochs": ["local.epochs=1", "local.batch_size=20", "local.micro_batch=8"],
     "two at a time": ["local.together=2"],
     "thin products": ["local.lr=0.3"],
-    "head": ["local.lr=0.1"],  # at 0.3 the steps multiply rounding a hundredfold
+    "head": [
+        "local.lr=0.1",
+        "local.lr_ratio=0.5",
+    ],  # at 0.3 the steps multiply rounding a hundredfold
     "A": ["local.lr=0.3"],
     "B": ["local.lr=0.3"],
 }

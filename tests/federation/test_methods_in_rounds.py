@@ -278,7 +278,7 @@ def test_server_optimizer_in_a_federation():
 
 def test_one_shot_merges_by_every_method_that_can(tmp_path):
     """All methods on the uploads of the first; the exact ones lose less than the mean."""
-    errors = {}
+    errors, alone = {}, []
     for name in ("fedit", "fedex", "flora", "flexlora", "lora-fair", "hetlora"):
         source = None if name == "fedit" else tmp_path / "fedit"
         config = small(name, "clients.ranks=[4,2]", setting="one-shot")
@@ -286,6 +286,8 @@ def test_one_shot_merges_by_every_method_that_can(tmp_path):
         (row,) = RunDir(tmp_path / name).rows()
         errors[name] = row["aggregation_error"]
         assert row["aggregation_error_plain"] == pytest.approx(errors["fedit"], rel=1e-6)
+        alone.append(row["client_accuracies"])  # without what the server folded
+    assert alone == [alone[0]] * len(alone)
     assert max(errors["fedex"], errors["flora"]) < 1e-4 * errors["fedit"]
     assert errors["flexlora"] < errors["lora-fair"] < errors["fedit"]
     model = prepare(small("fedit", setting="one-shot")).model

@@ -14,6 +14,7 @@ from fedrot.simulation.local import train_clients
 from fedrot.simulation.participants import Start, participants
 from fedrot.simulation.rounds import federate, prepare, run_round, train_round
 from fedrot.simulation.run_dir import RunDir
+from fedrot.simulation.seeding import generator
 
 
 def rounds_of(federation, count, tmp_path):
@@ -49,6 +50,26 @@ def test_participants_follow_the_seed_and_the_round():
     assert len(participants(other, 0)) == 5
     assert participants(small("fedit"), 3) == [0, 1, 2, 3]
     assert len(participants(small("fedit", "clients.participation=0.01"), 0)) == 1
+    assert len(participants(small("fedit", "clients.participation=0.45"), 0)) == 2  # of 1.8
+
+
+def test_every_draw_of_a_round_has_a_generator_of_its_own(tmp_path, monkeypatch):
+    """Of the seed, what it is for, the round and the client: none repeats another."""
+    seen = []
+
+    def spy(*of, **options):
+        seen.append(of)
+        return generator(*of, **options)
+
+    monkeypatch.setattr(rounds, "generator", spy)
+    attack = ("clients.attackers=1", "clients.attack=noise")
+    federation = prepare(small("fedit", "seed=3", "regauge=true", "lora.dropout=0.1", *attack))
+    rounds_of(federation, 2, tmp_path)
+    own = ("batches", "dropout", "gauge", "attack")
+    of_clients = [(3, what, t, i) for what in own for t in range(2) for i in range(4)]
+    assert sorted(seen) == sorted(
+        [(3, "start", 0), (3, "server", 0), (3, "server", 1), *of_clients]
+    )
 
 
 def test_delayed_clients_start_from_the_factors_of_that_time(tmp_path):

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedrot.config import Clients
+from fedrot.config import Clients, load
 from fedrot.errors import FedrotError
+from fedrot.simulation.data import divide
 from fedrot.tasks import TaskData
 from fedrot.tasks.partition import dirichlet, hold_out, like, split
 
@@ -84,12 +85,36 @@ def test_every_partition_is_one(n, kinds, count, seed):
         assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
 
 
+def test_validation_takes_the_place_of_the_test_part():
+    """Other examples for another seed; labels and columns are those of the rows that are left."""
+    rows = torch.arange(42)
+    part = {"row": rows, "labels": rows % 4}
+    data = TaskData(Path("nowhere"), part, part, rows % 4, {}, {"user": rows})
+    held = []
+    for seed in (0, 1):
+        clients = {"count": 4, "partition": "iid"}
+        config = load({"seed": seed, "validation": 0.25, "clients": clients})
+        found, examples, _ = divide(data, config)
+        held.append(found.test["row"].tolist())
+        assert sorted([*held[-1], *found.train["row"].tolist()]) == rows.tolist()
+        assert len(held[-1]) == 10 and sum(map(len, examples)) == 32  # 10.5 rounds to even
+        assert torch.equal(found.labels, found.train["row"] % 4)
+        assert torch.equal(found.columns["user"], found.train["row"])
+    assert held[0] != held[1]
+
+
 def test_iid_is_even_and_random():
     data, clients = data_of(torch.arange(1003) % 2), Clients(count=10, partition="iid")
     parts = split(data, clients, 0)
     assert {len(part) for part in parts} == {100, 101}
     assert not torch.equal(parts[0], split(data, clients, 1)[0])
     assert all(0.3 < float(data.labels[part].double().mean()) < 0.7 for part in parts)
+
+
+def test_the_seed_deals_other_labels():
+    data, clients = data_of(torch.arange(600) % 6), Clients(count=6, partition="labels")
+    dealt = {tuple(int(data.labels[p[0]]) for p in split(data, clients, s)) for s in range(4)}
+    assert len(dealt) > 1
 
 
 @pytest.mark.parametrize("each", [1, 2, 3])

@@ -15,6 +15,7 @@ from small import equal, small
 
 from fedrot.config import load
 from fedrot.errors import FedrotError, Refused
+from fedrot.factors import Factors
 from fedrot.files import new_file
 from fedrot.methods import FedRot, Server
 from fedrot.options import merge
@@ -241,6 +242,82 @@ def test_a_start_that_was_killed_is_not_continued_in_the_middle(tmp_path, monkey
     monkeypatch.setattr(run_dir, "remove", lambda paths: removed.extend(p.name for p in paths))
     RunDir(path).start(config.tree())
     assert removed.index("checkpoint.safetensors") < removed.index("metrics.jsonl")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    factors = Factors({"m": torch.ones(1, 2)}, {"m": torch.ones(2, 1)})
+    checkpoint.save(tmp_path / "c", Server(factors, 1))
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(tmp_path / "c", Server(factors, 2))
+    assert checkpoint.load(tmp_path / "c").rounds == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_new_run_removes_all_of_the_old_one(tmp_path):
+    """Clients of a larger run would be merged with those of this one."""
+    config, run = small("fedit").tree(), RunDir(tmp_path)
+    for name in (*run_dir.OWN, "accuracy.png", "mine.txt"):
+        (tmp_path / name).touch()
+    for name in ("adapter", "clients/client-07", "tensorboard", "wandb"):
+        (tmp_path / name).mkdir(parents=True)
+    run.start(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "mine.txt"]
+
+
+def test_who_diverged_is_named_by_the_number_of_the_client():
+    losses = torch.tensor([0.5, torch.inf])
+    with pytest.raises(FedrotError, match=r"client 5 diverged in round 3"):
+        rounds._check_converging([2, 5], losses, 2, 0.1)
+
+
+def test_what_is_written_first(tmp_path, monkeypatch):
+    """Killed in between, a round is done again, and a run goes on: a line is never missing, nor is
+    the checkpoint where there is no summary."""
+    run, ahead = RunDir(tmp_path / "run"), []
+    monkeypatch.setattr(
+        rounds.checkpoint,
+        "save",
+        lambda path, server: ahead.append(len(run.rows()) - server.rounds),
+    )
+    federate(small("fedit", "rounds=2"), run.path, report=False)
+    assert ahead == [0, 0]
+
+    def full(path, content):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(run_dir, "write_json", full)
+    run.checkpoint.touch()
+    with pytest.raises(OSError, match="no space"):
+        run.finish({"accuracy": 1.0})
+    assert run.checkpoint.exists()
+
+
+def test_errors_have_the_weights_of_the_average(tmp_path):
+    """And a summary their mean over the rounds."""
+    config = small("fedit", "clients.weights=samples", "rounds=2")
+    summary = federate(config, tmp_path / "run", report=False)
+    rows, federation = RunDir(tmp_path / "run").rows(), prepare(config)
+    uploads = train_round(federation, federation.start())
+    w = uploads.weights.double() / uploads.weights.double().sum()
+    assert float(w.max() - w.min()) > 0.05
+    square = 0.0
+    for name in uploads.factors[0].A:
+        A, B = ([getattr(u, s)[name].double() for u in uploads.factors] for s in "AB")
+        mean = sum(x * b for x, b in zip(w, B, strict=True)) @ sum(
+            x * a for x, a in zip(w, A, strict=True)
+        )
+        exact = sum(x * b @ a for x, b, a in zip(w, B, A, strict=True))
+        square += float((exact - mean).square().sum())
+    for key in ("aggregation_error", "aggregation_error_plain"):
+        assert rows[0][key] == pytest.approx(square**0.5, rel=1e-4)
+        assert summary[key] == pytest.approx((rows[0][key] + rows[1][key]) / 2)
+        assert rows[0][key] != pytest.approx(rows[1][key], rel=1e-3)
 
 
 def test_a_refusal_passes_between_processes(tmp_path):

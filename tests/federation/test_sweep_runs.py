@@ -12,10 +12,11 @@ import pytest
 from test_sweep import TINY, write
 
 from fedrot.errors import FedrotError
+from fedrot.sweep import runner
 from fedrot.sweep.analysis import Results
 from fedrot.sweep.experiment import TUNE_SEED, read_experiment
 from fedrot.sweep.pages import failures, tables
-from fedrot.sweep.runner import run_experiment
+from fedrot.sweep.runner import Outcome, Tuned, run_experiment
 from fedrot.tasks import Digits
 
 
@@ -82,6 +83,78 @@ def test_a_run_that_diverges_is_left_out_and_named(tmp_path):
     assert [row["failed_seeds"] for row in rows] == [[7, 8], [7, 8]]
     again = run_experiment(experiment, tmp_path / "out", workers=1)
     assert [o.summaries for o in again] == [[None, None], [None, None]]
+    experiment.options["local"]["lr"] = 0.1
+    with pytest.raises(FedrotError, match=r"was started with local\.lr=1e\+30, now it is 0\.1"):
+        run_experiment(experiment, tmp_path / "out", workers=1)
+
+
+def test_a_trial_is_chosen_by_all_its_seeds(tmp_path, monkeypatch):
+    """By its mean on validation; one seed that diverges rules it out. The runs begin at
+    ``first_seed``, those of tuning have seeds of their own."""
+    reached = {0.3: [0.9, None], 0.1: [0.5, 0.6], 1.0: [0.2, 0.7]}  # accuracy by rate and seed
+    ran = []
+
+    def one(job):
+        config = job.config
+        ran.append((config.local.lr, config.seed, config.validation))
+        if not config.validation:
+            return {"accuracy": 0.8}
+        accuracy = reached[config.local.lr][config.seed - TUNE_SEED]
+        return None if accuracy is None else {"accuracy": accuracy}
+
+    monkeypatch.setattr(runner, "_one", one)
+    monkeypatch.setattr(runner, "_check_data", lambda *given: None)
+    monkeypatch.setattr(Digits, "prepare", lambda *given: None)
+    changes = {"tune": {"local.lr": [*reached]}, "tune_seeds": 2, "vary": {}, "methods": ["fedit"]}
+    experiment = read_experiment(write(tmp_path, first_seed=7, **changes))
+    (outcome,) = run_experiment(experiment, tmp_path / "out", workers=1)
+    assert outcome.tuned.options == {"local.lr": 0.1}
+    scores = [score for _, score in outcome.tuned.scores]
+    assert scores == [None, pytest.approx(0.55), pytest.approx(0.45)]
+    tuning = [(lr, TUNE_SEED + seed, 0.2) for lr in reached for seed in (0, 1)]
+    assert ran == [*tuning, (0.1, 7, 0.0), (0.1, 8, 0.0)]
+    (heading, _, rows) = tables(Results(experiment, [outcome]))[-1]
+    assert heading.startswith("Tuned options") and rows == [["FedIT", "lr 0.1 (0.550)"]]
+
+
+def test_what_force_removes(tmp_path):
+    for name in ("tuning", "runs", "mine"):
+        (tmp_path / name / "a").mkdir(parents=True)
+    runner.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_differences_are_to_the_first_method_of_the_cell_seed_by_seed(tmp_path):
+    experiment = read_experiment(write(tmp_path, tune={}, methods=["fedit", "fedrot"], seeds=3))
+    accuracies = {
+        (0, "FedIT"): [0.5, 0.6, 0.4],
+        (0, "FedRot-LoRA"): [0.7, 0.5, 0.6],
+        (1, "FedIT"): [0.1, None, 0.2],
+        (1, "FedRot-LoRA"): [0.4, 0.9, 0.5],
+    }
+    outcomes = [
+        Outcome(
+            experiment.cells[cell],
+            next(v for v in experiment.methods if v.label == label),
+            Tuned({}, []),
+            [
+                a and {"accuracy": a, "aggregation_error": 1e-8, "aggregation_error_plain": 2e-8}
+                for a in seeds
+            ],
+            [],
+        )
+        for (cell, label), seeds in accuracies.items()
+    ]
+    results = Results(experiment, outcomes)
+    first, second = (results.difference(cell, "FedRot-LoRA") for cell in results.cells)
+    assert first.mean == pytest.approx(0.1) and first.pairs == 3
+    assert second.mean == pytest.approx(0.3) and second.pairs == 2  # FedIT's second seed failed
+    assert second.low == pytest.approx(0.3) and not second.certain
+    _, _, rows = tables(results)[1]
+    assert rows[1][2] == "+0.300 (+0.300 to +0.300)"  # two seeds: no star
+    assert failures(results) == ["FedIT (alpha 10.0): 1 of 3 runs diverged and are left out."]
+    assert results.values(results.cells[0], "FedIT", "error_ratio") == []  # rounding of zero
+    assert [row["failed_seeds"] for row in results.as_tree()["results"]] == [[], [], [1], []]
 
 
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])

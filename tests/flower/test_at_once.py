@@ -7,7 +7,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
-from in_process import InProcess, node, one_round, record
+from in_process import InProcess, node, one_round, record, values
 
 from fedrot import methods
 from fedrot.factors import Factors
@@ -118,6 +118,21 @@ def test_same_as_the_method(name, round):
     later = FedLoRA(method, rounds_done=round - 1)
     again, _ = one_round(later, InProcess(apps), record(start), 1)
     assert all(np.array_equal(again[key], arrays[key]) for key in arrays)
+
+
+@pytest.mark.parametrize("name", ["fedit", "optimal", "median"])
+def test_the_order_of_arrival_changes_no_bit(name):
+    start, clients = draw(3, [4] * 7)
+    grid = InProcess({i: node(lambda _, c=c: c, i) for i, c in enumerate(clients, 1)})
+    found = []
+    for order in (1, -1):
+        strategy = FedLoRA(TAKEN[name], rounds_done=2)
+        messages = list(strategy.configure_train(1, record(start), ConfigRecord(), grid))
+        replies = list(grid.send_and_receive(messages))[::order]
+        found.append(values(strategy.aggregate_train(1, replies)[0]))
+    assert all(np.array_equal(found[0][key], found[1][key]) for key in start)
+    evaluated = list(strategy.configure_evaluate(1, record(start), ConfigRecord(), grid))
+    assert {m.content["config"]["server-round"] for m in evaluated} == {3}
 
 
 def test_errors_and_nans_are_left_out():

@@ -116,6 +116,20 @@ def test_messages_other_than_train_pass():
     assert not empty.has_error()
 
 
+def test_a_named_train_function_is_rotated_and_may_take_the_arrays_out():
+    app = ClientApp(mods=[FedRotMod(lam=1.0)])
+
+    @app.train("mine")
+    def _(message, context):
+        message.content["arrays"].clear()
+        content = RecordDict({"arrays": record({A: QUARTER, B: QUARTER.T})})
+        return Message(content, reply_to=message)
+
+    content = RecordDict({"arrays": record({A: EYE, B: EYE})})
+    (reply,) = InProcess({1: app}).send_and_receive([Message(content, 1, "train.mine")])
+    np.testing.assert_allclose(values(reply.content["arrays"])[A], EYE, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "start, upload, message",
     [

@@ -337,6 +337,20 @@ def test_interrupted_and_continued():
 
 
 @BOTH
+def test_a_run_that_goes_on_counts_rounds_of_evaluation_too(make):
+    """What clients are told, and what the strategy inside sees."""
+    grid = InProcess({1: node(turned(1, 1, EYE)), 2: node(turned(1, 1, EYE))})
+    strategy, start = make(rounds_done=3), record({A: EYE, B: EYE})
+    messages = list(strategy.configure_evaluate(2, start, ConfigRecord(), grid))
+    assert {m.content["config"]["server-round"] for m in messages} == {5}
+    if make is not FedRotAvg:
+        seen = []
+        strategy.strategy.aggregate_evaluate = lambda round, replies: seen.append(round)
+        strategy.aggregate_evaluate(2, [])
+        assert seen == [5]
+
+
+@BOTH
 def test_pickled_between_sending_and_receiving(make):
     grid = InProcess({1: node(turned(2, 1, QUARTER)), 2: node(turned(4, 4, EYE))})
     strategy = make(lam=1.0)

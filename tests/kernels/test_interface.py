@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import assert_close, planted
+from problems import assert_close, assert_equal, planted
 from torch.library import opcheck
 
+import fedrot_kernels
 from fedrot_kernels import Plan
 from fedrot_kernels.backends import reference
 
@@ -52,6 +53,26 @@ def test_compile_fullgraph(dynamic):
     expected_A, expected_B = op.align_aggregate(*inputs, lam=0.6)
     assert_close(A, [2 * a for a in expected_A], 1e-6)
     assert_close(B, expected_B, 1e-6)
+
+
+def test_the_functions_are_the_operators():
+    """Options and defaults pass through; the first client's reflection makes `proper` matter."""
+    lora_A, lora_B, *_ = inputs = planted(2, SHAPES)
+    lora_A[0][0].neg_()
+    lora_B[0][:, 0].neg_()
+    weights = torch.tensor([1.0, 3.0])
+    for given in ({}, {"lam": 1.0, "align": "B", "proper": False}):
+        whole = fedrot_kernels.align_aggregate(*inputs, weights, **given)
+        assert_equal(whole, op.align_aggregate(*inputs, weights, **given))
+        rotations = fedrot_kernels.align(*inputs, **given)
+        assert all(map(torch.equal, rotations, op.align(*inputs, **given)))
+    flip = torch.tensor([[3.0, 0], [0, -1]])
+    assert torch.equal(fedrot_kernels.polar(flip), op.polar(flip))
+    assert torch.equal(fedrot_kernels.polar(flip, proper=True), op.polar(flip, proper=True))
+    blocks = fedrot_kernels.gram(*inputs)
+    assert all(map(torch.equal, blocks, op.gram(*inputs)))
+    mixes = torch.randn(2, 2, 2, 4, 4).unbind(0)
+    assert_equal(fedrot_kernels.combine(*inputs, *mixes), op.combine(*inputs, *mixes))
 
 
 def test_schemas_are_the_contract():
@@ -180,6 +201,8 @@ BAD = {
     "nan weight": (ValueError, r"weights\[0\].*nan", {"weights": torch.tensor([torch.nan, 1.0])}),
     "zero weights": (ValueError, "positive sum", {"weights": torch.zeros(2)}),
     "complex weights": (TypeError, "real", {"weights": torch.ones(2, dtype=torch.complex64)}),
+    "boolean weights": (TypeError, "real", {"weights": torch.tensor([True, False])}),
+    "weights elsewhere": (ValueError, "weights must be on cpu", {"weights": "meta"}),
 }
 
 
@@ -189,6 +212,8 @@ def test_bad_arguments(case):
     given = arguments()
     for name, value in changes.items():
         given[name] = given[name][:value] if type(value) is int else value
+    if given["weights"] == "meta":
+        given["weights"] = torch.ones(2, device="meta")
     with pytest.raises(error, match=message):
         op.align_aggregate(**given)
 

@@ -100,6 +100,9 @@ def test_hetlora_prunes_what_has_become_smaller():
     one = truncate(larger, 1)
     assert method.hand_in(one, truncate(start, 1)).A["m"].shape == (1, 2)  # one direction stays
     assert HetLoRA(decay=1).hand_in(larger, start) is start
+    wide = Factors({"m": torch.ones(100, 1)}, {"m": torch.ones(1, 100)})  # .29 * 100 < 29
+    less = Factors(wide.A, {"m": 0.5 * wide.B["m"]})
+    assert HetLoRA(decay=0.29).hand_in(wide, less).A["m"].shape == (29, 1)
     assert method.prunes and not HetLoRA(decay=1).prunes and not FedIT().prunes
     for wrong in ({"decay": 0}, {"decay": 1.1}, {"penalty": -1}, {"penalty": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -167,6 +170,25 @@ def test_scalar_rescaling():
         [[3.0, 0], [0, 1]],
         [[2.0, 0]],
     )
+
+
+def test_a_smaller_rank_is_rescaled_to_its_own_rows():
+    """(1, 4) against the first row (1, 0) alone: s = 1 / 17."""
+    one = truncate(CLIENTS[1], 1)
+    out = FedRot(1.0, "A", rotation="scale").aggregate([one], REFERENCE)
+    check(out, [[1 / 17, 4 / 17], [0, 0]], [[0.0, 0]])
+
+
+def test_layers_are_never_mixed_up():
+    """As many of them under other names, or the same in another order."""
+    a, b = torch.ones(2, 2), 2 * torch.ones(2, 2)
+    ours, turned = Factors({"a": a, "b": b}, {"a": a, "b": b}), {"b": b, "a": a}
+    with pytest.raises(ValueError, match="client 1 has layers"):
+        FedIT().aggregate([ours, Factors(turned, turned)], ours)
+    with pytest.raises(ValueError, match=r"clients have layers .* the reference has \['b', 'a'\]"):
+        FedIT().aggregate([ours], Factors(turned, turned))
+    with pytest.raises(ValueError, match="A and B must name the same layers"):
+        Factors(ours.A, turned)
 
 
 def test_random_rotation_keeps_products_and_ruins_the_mean():

@@ -7,6 +7,7 @@ import torch
 
 from fedrot.factors import Factors, padded, truncate
 from fedrot.methods import FedExLoRA, FedIT, FlexLoRA, FLoRA, LoRAFAIR
+from fedrot.methods.energy import singular_values
 from fedrot.methods.exact import truncation
 from fedrot.methods.fair import corrected
 from fedrot.metrics import aggregation_error
@@ -150,6 +151,35 @@ def test_energy_decides_by_layer_up_to_the_reference(gauge, ranks):
     assert any(len(set(r.values())) > 1 for r in found.values())
     whole = FlexLoRA(gauge).aggregate(uploads, reference, weights)
     assert {m: A.shape[0] for m, A in whole.A.items()} == dict.fromkeys(SHAPES, R)
+
+
+def test_narrow_factors_have_the_rank_that_they_had():
+    """What is rounding is so for float32, in which one computes: bfloat16's would hide the 1/8."""
+    A = torch.zeros(2, 100, dtype=torch.bfloat16)
+    A[0, 0], A[1, 1] = 1.0, 0.125
+    upload = Factors({"m": A}, {"m": (A > 0).T.to(A.dtype)})
+    found = singular_values([upload])["m"]
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.125], dtype=torch.float64))
+
+
+def test_what_is_computed_in_float64_has_its_digits():
+    uploads, reference, weights = federation(dtype=torch.float64)
+    best = FlexLoRA().aggregate(uploads, reference, weights)
+    fedex = FedExLoRA().aggregate(uploads, reference, weights)
+    folded = FedExLoRA().fold(uploads, fedex, weights)
+    for module in SHAPES:
+        target = exact(uploads, module, weights)
+        U, S, Vh = torch.linalg.svd(target, full_matrices=False)
+        truncated = (U[:, :R] * S[:R]) @ Vh[:R]
+        torch.testing.assert_close(product(best, module), truncated, rtol=0, atol=1e-11)
+        whole = product(fedex, module) + folded[module]
+        torch.testing.assert_close(whole, target, rtol=0, atol=1e-11)
+
+
+def test_an_average_that_overflows_is_named():
+    huge = Factors({"m": torch.full((1, 2), 1e25)}, {"m": torch.full((2, 1), 1e25)})
+    with pytest.raises(ValueError, match="layer 'm': the exact average overflows its dtype"):
+        FlexLoRA().aggregate([huge], huge)
 
 
 def test_the_rank_can_rise_again():

@@ -139,11 +139,16 @@ def test_a_basis_of_the_clients_own_changes_nothing(rule):
         torch.testing.assert_close(one.B[m], two.B[m])
 
 
-def test_without_attackers_and_cuts_it_is_fedrot():
+@pytest.mark.parametrize("align", ["joint", "A", "B"])
+def test_without_attackers_and_cuts_it_is_fedrot(align):
     reference, uploads = federation(5, dtype=torch.float64)
-    mean = FedRot(lam=1.0, proper=False).aggregate(uploads, reference)
-    for method in (Robust("trimmed", attackers=0), Robust("clip", bound=1e6)):
-        out = method.aggregate(uploads, reference)
+    mean = FedRot(1.0, align, proper=False).aggregate(uploads, reference)
+    for rule, options in (
+        ("trimmed", {"attackers": 0}),
+        ("multi-krum", {"attackers": 0}),
+        ("clip", {"bound": 1e6}),
+    ):
+        out = Robust(rule, **options, align=align).aggregate(uploads, reference)
         for m in reference.A:
             torch.testing.assert_close(out.A[m], mean.A[m])
             torch.testing.assert_close(out.B[m], mean.B[m])
@@ -334,3 +339,12 @@ def test_an_empty_factor_is_named():
 def test_huge_clients_are_left_alone_where_they_are_half():
     uploads = [scalar(1e20), scalar(2e20), scalar(3.0)]
     assert Robust("median").aggregate(uploads, REFERENCE).B["m"].item() == pytest.approx(1e20)
+    uploads.append(scalar(4.0))  # of four, the middle two are 4 and 1e20
+    assert Robust("median").aggregate(uploads, REFERENCE).B["m"].item() == pytest.approx(5e19)
+
+
+def test_narrow_heads_are_rounded_once():
+    """A third of 1 is no bfloat16, and with two thirds of it no longer 1."""
+    heads = [{"bias": torch.ones(1, dtype=torch.bfloat16)}] * 2
+    mean = FedRot().average_rest(heads, heads[0], torch.tensor([1.0, 2.0]))
+    assert float(mean["bias"]) == pytest.approx(1.0, abs=1e-12)

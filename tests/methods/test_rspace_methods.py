@@ -11,7 +11,7 @@ from fedrot.factors import Factors, padded, truncate
 from fedrot.gauge import haar, regauge
 from fedrot.methods import FedIT, FedRot, FlexLoRA
 from fedrot.methods.base import arguments
-from fedrot.metrics import aggregation_error, total
+from fedrot.metrics import aggregation_error, rotation_angles, total
 from fedrot.options import parse_overrides
 from fedrot_kernels import rspace
 from fedrot_kernels.rspace import Blocks
@@ -98,6 +98,50 @@ def test_shifted_and_alternate():
     for m in SHAPES:
         torch.testing.assert_close(hard.A[m], expected.A[m], rtol=0, atol=1e-9)
         assert float((of_A.A[m] - expected.A[m]).abs().max()) > 1e-3
+
+
+def test_reflections_where_they_are_wanted():
+    """Every way to a rotation takes `proper`; half of the clients' bases are mirrored."""
+    uploads, reference, weights = federation(ranks=(4, 4, 4, 4))
+    hard = FedRot(1.0, proper=False).aggregate(uploads, reference, weights)
+    shifted = FedRot(rotation="shifted", eps=0.0, proper=False)
+    ours = shifted.aggregate(uploads, reference, weights)
+    for m in SHAPES:
+        torch.testing.assert_close(ours.A[m], hard.A[m], rtol=0, atol=1e-9)
+    for lam in rspace.AUTO:
+        method = FedRot(lam, proper=False)
+        plain = method.aggregate(uploads, reference, weights)
+        told, _ = method.aggregate_with_lam(uploads, reference, weights)
+        rotations = FedRot(lam).aggregate(uploads, reference, weights)
+        for m in SHAPES:
+            assert torch.equal(told.A[m], plain.A[m])
+            assert float((rotations.A[m] - plain.A[m]).abs().max()) > 1e-3
+
+
+def test_angles_by_hand():
+    """Of rank 4, one plane turned by 60 degrees: 60, 60, 0, 0. Mirrored along the first, strongest
+    direction: one angle of 180, and a rotation also flips the weakest. Size does not matter."""
+    cos, sin = 0.5, 0.75**0.5
+    turn = torch.block_diag(torch.tensor([[cos, -sin], [sin, cos]]), torch.eye(2))
+    A = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
+    reference = Factors({"m": A}, {"m": A})
+    for size in (1.0, 5e37):  # whose squares overflow
+        for R, proper, angle in (
+            (turn, True, 30.0),
+            (torch.diag(torch.tensor([-1.0, 1, 1, 1])), False, 45.0),
+            (torch.diag(torch.tensor([-1.0, 1, 1, 1])), True, 90.0),
+        ):
+            client = Factors({"m": size * R.T @ A}, {"m": size * A @ R})
+            found = rotation_angles([client], reference, proper=proper)
+            assert found.shape == (1, 1) and float(found) == pytest.approx(angle, abs=0.05)
+
+
+def test_bases_are_drawn_evenly():
+    """QR alone gives a diagonal of one sign."""
+    g = torch.Generator().manual_seed(0)
+    drawn = torch.stack([haar(3, g) for _ in range(400)])
+    assert float(drawn.mean(0).abs().max()) < 0.15
+    assert 0.4 < float((torch.linalg.det(drawn) > 0).double().mean()) < 0.6
 
 
 @pytest.mark.parametrize("setting", ["regauge", "one-shot"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedrot.factors import Factors
-from fedrot.methods import FedIT, FedSALoRA, RoLoRA, Server
+from fedrot.methods import FedIT, FedRot, FedSALoRA, FLoRA, RoLoRA, Server
 from fedrot.optimizers import ServerOptimizer
 from fedrot.server import Upload, serve
 
@@ -97,3 +97,25 @@ def test_personal_factors_are_kept_and_not_stepped():
     new = serve(FedSALoRA(), ServerOptimizer("fedavg", 0.5), server, uploads).server
     assert float(new.factors.A["m"]) == 2.5 and float(new.factors.B["m"]) == 6.0
     assert {client: float(B["m"]) for client, B in new.personal.items()} == {2: 4.0, 7: 8.0}
+
+
+def test_serve_hands_on_what_a_method_needs():
+    """The reference of two rounds ago, and the generator, on which FLoRA's next adapter hangs."""
+    quarter = torch.tensor([[0.0, -1], [1, 0]])
+    eye = Factors({"m": torch.eye(2)}, {"m": torch.eye(2)})
+    turned = Factors({"m": quarter.T @ eye.A["m"]}, {"m": eye.B["m"] @ quarter})
+    server = Server(turned, 2, past=(Server(eye, 1),))
+    uploads = [Upload(0, turned, {})]
+    aligned = serve(FedRot(1.0, lag=2), ServerOptimizer(), server, uploads).server
+    torch.testing.assert_close(aligned.factors.A["m"], torch.eye(2))
+    drawn = [
+        serve(
+            FLoRA(),
+            ServerOptimizer(),
+            server,
+            uploads,
+            generator=torch.Generator().manual_seed(seed),
+        ).server.factors.A["m"]
+        for seed in (0, 1)
+    ]
+    assert not torch.equal(*drawn)

@@ -19,7 +19,7 @@ from fedrot.simulation.seeding import generator
 from fedrot.tasks import TASKS
 from fedrot.tasks.base import IGNORE, trim
 from fedrot.tasks.cache import quiet
-from fedrot.tasks.encode import tokenizer_of
+from fedrot.tasks.encode import generation, tokenizer_of
 from fedrot.tasks.execute import passes
 from fedrot.tasks.generation import final_number, program
 
@@ -139,6 +139,21 @@ def test_gsm8k(tmp_path, llama, monkeypatch):
     monkeypatch.setattr("fedrot.tasks.generation.generate", lambda *a: written)
     model = config.task.load_model(data)
     assert config.task.evaluate(model, data.test)["accuracy"] == 0.25
+
+
+def test_a_tokenizer_that_closes_every_text():
+    """The end is after the answer, and not after the prompt already."""
+
+    class Closing:
+        eos_token_id, pad_token_id = 9, 0
+
+        def __call__(self, texts, add_special_tokens=True):
+            end = [9] if add_special_tokens else []
+            return {"input_ids": [[*map(int, text), *end] for text in texts]}
+
+    batch, kept = generation(Closing(), ["12", "1"], ["3", "45"], 8)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 9], [1, 4, 5, 9]] and kept.tolist() == [0, 1]
+    assert batch["labels"].tolist() == [[IGNORE, IGNORE, 3, 9], [IGNORE, 4, 5, 9]]
 
 
 def test_no_more_is_written_than_positions(tmp_path, gpt2, llama):
