@@ -1,4 +1,5 @@
-"""The tables of times in the README and docs/benchmarks.md, out of benchmarks/results:
+"""The tables of times in docs/benchmarks.md, and the newest of them in the README, out of
+benchmarks/results:
 ``python -m benchmarks.readme``."""
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- from benchmarks/results by `python -m benchmarks.readme` -->\n"
 END = "<!-- end of benchmarks/results -->\n"
-PAGES = {"README.md": "float32", "docs/benchmarks.md": "bfloat16"}
+DTYPES = ("float32", "bfloat16")
+PAGES = ("README.md", "docs/benchmarks.md")
 BATCHED = ("stacked", "per_layer", "compiled")
 HEADER = (
     *("case", "per-client loop", "batched PyTorch", "plain mean", "`_foreach` mean"),
@@ -29,13 +31,22 @@ def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
-def block(results: Sequence[dict[str, Any]], dtype: str) -> str:
-    """What stands between the markers: for each machine one line and one table."""
-    return "\n".join(filter(None, (_table(result, dtype) for result in results)))
+def block(results: Sequence[dict[str, Any]], *dtypes: str) -> str:
+    """What stands between the markers: for each type and machine one line and one table."""
+    return "\n".join(
+        filter(None, (_table(result, dtype) for dtype in dtypes for result in results))
+    )
 
 
-def replaced(page: str, results: Sequence[dict[str, Any]], dtype: str) -> str:
-    """The page with its block made anew.
+def block_of(page: str, results: Sequence[dict[str, Any]]) -> str:
+    """The block of one of ``PAGES``."""
+    if page == "README.md":
+        return block([max(results, key=lambda result: str(result["machine"]["date"]))], "float32")
+    return block(results, *DTYPES)
+
+
+def replaced(page: str, made: str) -> str:
+    """The page with its block replaced.
 
     Raises:
         ValueError: the page has no such block.
@@ -44,7 +55,7 @@ def replaced(page: str, results: Sequence[dict[str, Any]], dtype: str) -> str:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"the page must hold the lines {BEGIN.strip()} and {END.strip()}")
-    return before + begin + block(results, dtype) + end + after
+    return before + begin + made + end + after
 
 
 def _table(result: dict[str, Any], dtype: str) -> str:
@@ -74,6 +85,6 @@ def _line(row: Row) -> list[str]:
 
 
 if __name__ == "__main__":
-    for name, dtype in PAGES.items():
+    for name in PAGES:
         path = ROOT / name
-        write_text(path, replaced(path.read_text(encoding="utf-8"), load(), dtype))
+        write_text(path, replaced(path.read_text(encoding="utf-8"), block_of(name, load())))

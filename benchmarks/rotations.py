@@ -20,6 +20,7 @@ import typer
 
 import fedrot_kernels
 from fedrot.bench.cases import Case, Factors, copies, factors, select
+from fedrot.bench.machine import cold_bytes
 from fedrot_kernels import rspace
 
 NAMES = ["roberta-large-r4-n10", "roberta-large-r4-n50", "llama-8b-qv-r16-n10"]
@@ -48,7 +49,7 @@ def main(rounds: Annotated[int, typer.Argument(min=1)] = 9) -> None:
     print(f"{torch.get_num_threads()} threads, median of {rounds}, times align_aggregate's")
     for case in [replace(case, align="joint") for case in select(NAMES)]:
         for kind, make in (("near", factors), ("apart", apart)):
-            inputs = copies(make(case), case.bytes, 200 << 20)
+            inputs = copies(make(case), case.bytes, cold_bytes("cpu"))
             times: dict[str, list[float]] = {name: [] for name in FORMS}
             for turn in range(rounds + 1):
                 for name, form in FORMS.items():

@@ -95,13 +95,36 @@ def test_bad_options(tmp_path, arguments, message):
 @pytest.mark.parametrize("page", readme.PAGES)
 def test_pages_show_the_results(page):
     """Made by ``python -m benchmarks.readme``, not typed."""
-    text, dtype = (readme.ROOT / page).read_text(encoding="utf-8"), readme.PAGES[page]
-    results = readme.load()
-    assert results
-    assert readme.replaced(text, results, dtype) == text
-    assert results[0]["cases"][0]["case"] in readme.block(results, dtype)
+    text, results = (readme.ROOT / page).read_text(encoding="utf-8"), readme.load()
+    assert len(results) > 1
+    made = readme.block_of(page, results)
+    assert readme.replaced(text, made) == text
+    assert results[0]["cases"][0]["case"] in made
     with pytest.raises(ValueError, match="the page must hold the lines"):
-        readme.replaced("no block", results, dtype)
+        readme.replaced("no block", made)
+
+
+def test_the_readme_shows_the_newest_run():
+    rows = [{"case": "some", "dtype": dtype, "align": "A", "floor": 1.0} for dtype in readme.DTYPES]
+    for row in rows:
+        row["times"] = {name: {"median": 1.0} for name in ("fedrot", "stacked")}
+    results = [
+        {
+            "machine": {
+                **dict.fromkeys(("cpu", "instruction_set", "threads", "torch"), name),
+                "date": date,
+            },
+            "cases": rows,
+        }
+        for name, date in (("old", "2026-01-02"), ("new", "2026-01-10"), ("older", "2025-12-31"))
+    ]
+    assert readme.block_of("README.md", results).startswith("new,")
+    titles = [
+        line
+        for line in readme.block_of("docs/benchmarks.md", results).splitlines()
+        if "align A" in line
+    ]
+    assert [title.split(",")[0] for title in titles] == 2 * ["old", "new", "older"]
 
 
 def test_the_kind_of_a_machine(tmp_path):

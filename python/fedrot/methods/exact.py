@@ -23,8 +23,8 @@ class FlexLoRA(Method):
 
     ``gauge="singular"``, as published: ``A`` has orthonormal rows, ``B`` carries the singular
     values; they are sorted, so a client of smaller rank starts from the best approximation of its
-    own rank. ``gauge="reference"``: the same product, rotated to the reference and with its ratio
-    of norms, so that momentum and factors of clients that sat out still fit.
+    own rank. ``gauge="reference"``: the same product, rotated to the reference and with its
+    difference of norms, so that momentum and factors of clients that sat out still fit.
 
     Clients may have any rank; r is the reference's, in each layer. With ``energy``, in (0, 1], r is
     the smallest rank of the layer that holds this share of the squared singular values, and the
