@@ -51,35 +51,33 @@ inline void tiles_from_A(const Factor<BFloat16>& A, int clients, int r, std::int
 
 // panel (count, n) <- positions of B (d, r_i) of all clients and the reference, r directions each:
 // clients that share a vector of the panel together.
-template <class Acc>
-void fill_from_B(const Factor<Acc>& B, int clients, int r, std::int64_t begin, int count, int n,
-                 Acc* panel, Acc* scratch) {
-  constexpr int most = lanes<Acc>;
+inline void fill_from_B(const Factor<BFloat16>& B, int clients, int r, std::int64_t begin,
+                        int count, int n, BFloat16* panel) {
+  constexpr int most = lanes<BFloat16>;
   const int together = std::max(1, most / r);
   for (int first = 0; first <= clients; first += together) {
     const int group = std::min(together, clients + 1 - first);
-    Block<Acc> X[most];
+    Block<BFloat16> X[most];
     bool full = true;
     for (int c = 0; c < group; ++c) {
       const int rank = B.rank(first + c);
-      X[c] = B.positions(first + c, begin, count,
-                         scratch + std::int64_t(c) * r * (count + panel_padding));
+      X[c] = B.positions(first + c, begin, count, nullptr);
       full &= rank == r;
     }
-    Acc* to = panel + first * r;
+    BFloat16* to = panel + first * r;
     auto place = [&](auto width) {
       constexpr int hot = 128;  // rows of the panel that all clients of a group find in the cache
       for (int top = 0; top < count; top += hot)
         for (int c = 0; c < group; ++c) {
           const std::int64_t position = X[c].position;
-          const Acc* from = X[c].data + top * position;
-          Acc* row = to + top * std::int64_t(n) + c * r;
+          const BFloat16* from = X[c].data + top * position;
+          BFloat16* row = to + top * std::int64_t(n) + c * r;
           for (int t = top; t < std::min(top + hot, count); ++t, from += position, row += n)
             for (int p = 0; p < width; ++p) row[p] = from[p];
         }
     };
-    if (full && r <= small_rank<Acc>) {
-      with_rank<Acc>(r, place);
+    if (full && r <= small_rank<BFloat16>) {
+      with_rank<BFloat16>(r, place);
     } else if (full) {
       place(r);
     } else {
@@ -87,12 +85,12 @@ void fill_from_B(const Factor<Acc>& B, int clients, int r, std::int64_t begin, i
         for (int c = 0; c < group; ++c)
           for (int p = 0; p < r; ++p)
             to[t * std::int64_t(n) + c * r + p] =
-                p < B.rank(first + c) ? X[c].data[t * X[c].position + p] : Acc{};
+                p < B.rank(first + c) ? X[c].data[t * X[c].position + p] : BFloat16{};
     }
   }
   for (int t = 0; t < count; ++t)
     std::fill(panel + t * std::int64_t(n) + (clients + 1) * r, panel + (t + 1) * std::int64_t(n),
-              Acc{});
+              BFloat16{});
 }
 
 // As gram() of floats, but every step-th row of tiles from the first-th on.
@@ -113,7 +111,7 @@ inline void tile_gram(const Problem& problem, int layer, Side side, int r, int f
     if (of_A) {
       tiles_from_A(factor, problem.clients, r, begin, count, tiles, left);
     } else {
-      fill_from_B(factor, problem.clients, r, begin, count, n, panel, panel);
+      fill_from_B(factor, problem.clients, r, begin, count, n, panel);
       for (int t = 0; t < steps; ++t)
         pack_across(panel + std::int64_t(t) * step_positions * n, n, count - t * step_positions, n,
                     tile_rows, 1, right + t * tiles * tile_bytes, tile_bytes);
