@@ -29,5 +29,6 @@ def regauge(factors: Factors, generator: torch.Generator, *, proper: bool = Fals
             R = torch.cat([-R[:, :1], R[:, 1:]], 1)
         R = R.to(A_i.device)
         A[module] = (R.T @ A_i.double()).to(A_i.dtype)
-        B[module] = (factors.B[module].double() @ R).to(A_i.dtype)
+        B_i = factors.B[module]
+        B[module] = (B_i.double() @ R).to(B_i.dtype)
     return Factors(A, B)

@@ -136,6 +136,15 @@ def test_angles_by_hand():
             assert found.shape == (1, 1) and float(found) == pytest.approx(angle, abs=0.05)
 
 
+def test_another_basis_keeps_the_product_and_each_type():
+    A, B = torch.tensor([[1.0, 2], [3, -1]]), torch.tensor([[2.0, 1]], dtype=torch.float64)
+    found = regauge(Factors({"m": A}, {"m": B}), torch.Generator().manual_seed(0))
+    assert (found.A["m"].dtype, found.B["m"].dtype) == (torch.float32, torch.float64)
+    product = found.B["m"] @ found.A["m"].double()
+    torch.testing.assert_close(product, B @ A.double(), rtol=0, atol=1e-6)
+    assert not torch.allclose(found.B["m"], B)
+
+
 def test_bases_are_drawn_evenly():
     """QR alone gives a diagonal of one sign."""
     g = torch.Generator().manual_seed(0)
