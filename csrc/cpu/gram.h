@@ -105,25 +105,8 @@ inline void turn_positions(const Acc* X, int count, Acc* to, std::int64_t row) {
   for (int t = 0; t < count; t += lanes<Acc>) {
     Vector<Acc> v[R];
     for (int p = 0; p < R; ++p, X += lanes<Acc>) v[p] = load(X);
-    transpose_groups<R, Acc>(v);
+    transpose<Acc, R>(v);
     for (int p = 0; p < R; ++p) store(to + p * row + t, v[p]);
-  }
-}
-
-// The same of any rank and stride, and nothing changes places.
-template <class Acc>
-inline void turn_positions(const Block<Acc>& X, int rank, int count, Acc* to, std::int64_t row) {
-  constexpr int L = lanes<Acc>;
-  for (int first = 0; first < rank; first += L) {
-    const int width = std::min(L, rank - first);
-    for (int t = 0; t < count; t += L) {
-      const Acc* from = X.data + t * X.position + first;
-      Vector<Acc> v[L];
-      for (int u = 0; u < L; ++u, from += X.position)
-        v[u] = t + u < count ? load_partial(from, width) : Vector<Acc>{};
-      transpose<Acc>(v);
-      for (int p = 0; p < width; ++p) store(to + (first + p) * row + t, v[p]);
-    }
   }
 }
 
@@ -160,9 +143,8 @@ void rows_of_B(const Factor<Acc>& B, int clients, int r, std::int64_t begin, int
       const Acc* X = B.packed(i, r, begin, turned, widened);
       with_power_of_two<Acc>(r, [&](auto R) { turn_positions<R>(X, turned, memory, row); });
     }
-    if (turned < count)
-      turn_positions(B.positions(i, begin + turned, count - turned, widened), rank, count - turned,
-                     memory + turned, row);
+    const Block<Acc> rest = B.positions(i, begin + turned, count - turned, widened);
+    transpose(count - turned, rank, rest.data, rest.position, memory + turned, row);
     for (int p = 0; p < r; ++p) *rows++ = p < rank ? memory + p * row : zeros;
   }
 }
@@ -193,33 +175,22 @@ void gram(const Problem& problem, int layer, Side side, int r, int first, int st
   }
 }
 
-// out (size, size) <- the symmetric G (side, side) of which the lower triangle is given, by squares
-// of whole vectors. Returns whether every value is finite.
+// out (size, size) <- the symmetric G (side, side) of which the lower triangle is given. Returns
+// whether every value is finite.
 template <class Acc>
 bool mirror(int size, const Acc* G, Acc* out) {
   constexpr int L = lanes<Acc>;
   const std::int64_t n = gram_side<Acc>(size);
-  Vector<Acc> bad = {};
+  bool finite = true;
   for (int i = 0; i < size; i += L) {
-    const int rows = std::min(L, size - i);
-    for (int j = 0; j < i && rows == L; j += L) {
-      Vector<Acc> v[L];
-      for (int p = 0; p < L; ++p) {
-        v[p] = load(G + (i + p) * n + j);
-        store(out + std::int64_t(i + p) * size + j, v[p]);
-        bad += v[p] * 0;
-      }
-      transpose<Acc>(v);
-      for (int p = 0; p < L; ++p) store(out + std::int64_t(j + p) * size + i, v[p]);
-    }
-    for (int p = i; p < i + rows; ++p)
-      for (int q = rows == L ? i : 0; q <= p; ++q) {
-        const Acc value = G[p * n + q];
-        out[std::int64_t(p) * size + q] = out[std::int64_t(q) * size + p] = value;
-        bad[0] += value * 0;
-      }
+    const int end = std::min(i + L, size);
+    for (int p = i; p < end; ++p)
+      finite &= finish_row(G + p * n, p + 1, out + std::int64_t(p) * size);
+    transpose(end - i, i, G + i * n, n, out + i, size);
+    for (int p = i; p < end; ++p)
+      for (int q = i; q < p; ++q) out[std::int64_t(q) * size + p] = G[p * n + q];
   }
-  return horizontal_sum<Acc>(bad) == 0;
+  return finite;
 }
 
 }  // namespace FEDROT_ISA

@@ -73,15 +73,20 @@ inline void transpose(int rows, int cols, const Acc* from, std::int64_t from_row
   constexpr int n = lanes<Acc>;
   for (int i = 0; i < rows; i += n)
     for (int j = 0; j < cols; j += n) {
-      if (i + n <= rows && j + n <= cols) {
-        Vector<Acc> v[n];
-        for (int p = 0; p < n; ++p) v[p] = load(from + (i + p) * from_row + j);
-        transpose<Acc>(v);
-        for (int p = 0; p < n; ++p) store(to + (j + p) * to_row + i, v[p]);
-      } else {
-        for (int p = i; p < std::min(i + n, rows); ++p)
-          for (int q = j; q < std::min(j + n, cols); ++q)
-            to[q * to_row + p] = from[p * from_row + q];
+      const int height = std::min(n, rows - i), width = std::min(n, cols - j);
+      const bool whole = height == n && width == n;
+      Vector<Acc> v[n];
+      for (int p = 0; p < n; ++p) {
+        const Acc* row = from + (i + p) * from_row + j;
+        v[p] = whole ? load(row) : p < height ? load_partial(row, width) : Vector<Acc>{};
+      }
+      transpose<Acc>(v);
+      for (int p = 0; p < width; ++p) {
+        Acc* row = to + (j + p) * to_row + i;
+        if (whole)
+          store(row, v[p]);
+        else
+          store_partial<Acc>(row, v[p], height);
       }
     }
 }

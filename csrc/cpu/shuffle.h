@@ -28,21 +28,6 @@ inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
   return shuffle<(first + I / 2 + I % 2 * L)...>(a, b);
 }
 
-// rows[j][i] <- rows[i][j], lanes<T> rows.
-template <class T>
-inline void transpose(Vector<T>* rows) {
-  constexpr int L = lanes<T>;
-  constexpr LaneIndices<T> all;
-  for (int stage = 1; stage < L; stage *= 2) {
-    Vector<T> next[L];
-    for (int i = 0; i < L / 2; ++i) {
-      next[2 * i] = interleave<false>(rows[i], rows[i + L / 2], all);
-      next[2 * i + 1] = interleave<true>(rows[i], rows[i + L / 2], all);
-    }
-    for (int i = 0; i < L; ++i) rows[i] = next[i];
-  }
-}
-
 // A stage of a transposition: bit `stage` of the number of the row against that of the lane.
 template <int stage, class T, int... i>
 inline void exchange(Vector<T>& low, Vector<T>& high, std::integer_sequence<int, i...>) {
@@ -52,13 +37,14 @@ inline void exchange(Vector<T>& low, Vector<T>& high, std::integer_sequence<int,
   high = shuffle<(i & stage ? L + i : i + stage)...>(a, b);
 }
 
-// Lane g R + p of rows[q] <-> lane g R + q of rows[p], 0 <= p, q < R, R a power of two.
-template <int R, class T, int stage = R / 2>
-inline void transpose_groups(Vector<T>* rows) {
+// rows[j][i] <- rows[i][j], lanes<T> rows. With fewer, R a power of two, in groups of lanes: lane
+// g R + p of rows[q] <-> lane g R + q of rows[p].
+template <class T, int R = lanes<T>, int stage = R / 2>
+inline void transpose(Vector<T>* rows) {
   if constexpr (stage > 0) {
     for (int p = 0; p < R; ++p)
       if (!(p & stage)) exchange<stage, T>(rows[p], rows[p + stage], LaneIndices<T>());
-    transpose_groups<R, T, stage / 2>(rows);
+    transpose<T, R, stage / 2>(rows);
   }
 }
 
