@@ -70,15 +70,19 @@ class Blocks:
     def of_size_one(self) -> Blocks:
         """The same layers with clients' ``A`` and ``B`` of about the length 1: the rotations of
         least error stay what they are, and its fourth powers of factors can be written. Scales are
-        powers of two, which round nothing."""
+        powers of two, which round nothing; where all factors are of moderate length already, this
+        is ``self``."""
+        moderate = 16
 
-        def scale(G: Tensor) -> Tensor:
+        def exponent(G: Tensor) -> Tensor:
             size = G.diagonal(dim1=1, dim2=2).mean(1)
-            exponent = torch.frexp(torch.where(size > 0, size, 1.0)).exponent
-            exponent = exponent.clamp(-126, 126)  # powers that float32 has
-            return torch.ldexp(torch.ones_like(size), -exponent)
+            return torch.frexp(torch.where(size > 0, size, 1.0)).exponent
 
-        s_A, s_B = scale(self.A)[:, None, None], scale(self.B)[:, None, None]
+        exponents = torch.stack([exponent(self.A), exponent(self.B)])
+        if bool((exponents.abs() <= moderate).all()):
+            return self
+        exponents = exponents.clamp(-126, 126)  # powers that float32 has
+        s_A, s_B = torch.ldexp(self.A.new_ones(exponents.shape), -exponents)[..., None, None]
         return Blocks(
             s_A * self.A,
             s_B * self.B,
@@ -112,9 +116,8 @@ class Blocks:
 
     def pair_sum(self, t: Tensor) -> Tensor:
         """``sum_ij w_i w_j`` times the sum of block ``i, j`` of ``t`` ``(L, S, S)``."""
-        layers, clients, r = self.shape
-        blocks = t.reshape(layers, clients, r, clients, r).sum((2, 4))
-        return ((blocks @ self.weights) * self.weights).sum(1)
+        w = self.weights.repeat_interleave(self.shape[2])
+        return t @ w @ w
 
     def norm_square(self) -> Tensor:
         """``|D|^2`` ``(L,)`` of the exact average."""
@@ -124,7 +127,7 @@ class Blocks:
         """``|D - B A|^2`` ``(L,)`` of the average with rotations ``R`` ``(L, N, r, r)``, in
         float64; small errors are off by the rounding of the blocks, ``eps |D|^2``."""
         wide = self.double()
-        return (wide.norm_square() + Point(wide, R.double()).excess).clamp_min(0)
+        return (wide.norm_square() + Point.at(wide, R.double()).excess).clamp_min(0)
 
     def bound_square(self) -> Tensor:
         """The least ``|D - B A|^2`` ``(L,)`` that any ``A``, ``B`` of rank ``r`` can have: that of
@@ -183,17 +186,31 @@ def batched(ref_A: Sequence[Tensor], clients: int) -> Iterator[list[int]]:
             yield chosen[first : first + size]
 
 
+@dataclass(frozen=True)
 class Point:
-    """Rotations, and the error there: ``excess`` is ``|D - B A|^2 - |D|^2``."""
+    """Rotations of every layer, what follows from them, and the error there."""
 
-    def __init__(self, blocks: Blocks, R: Tensor) -> None:
-        self.blocks, self.R = blocks, R
-        self.U = blocks.stacked(R)
-        self.X, self.Y = times(blocks.A, self.U), times(blocks.B, self.U)
-        self.P, self.Q = self.U.mT @ self.Y, self.U.mT @ self.X  # B^T B, A A^T
-        self.excess = (self.P * self.Q).sum((1, 2)) - 2 * (self.Y * blocks.weighted(self.X)).sum(
-            (1, 2)
-        )
+    blocks: Blocks
+    R: Tensor  # (L, N, r, r)
+    U: Tensor  # (L, S, r), stacked
+    X: Tensor  # (L, S, r): G_A U
+    Y: Tensor  # (L, S, r): G_B U
+    P: Tensor  # (L, r, r): U^T Y = B^T B
+    Q: Tensor  # (L, r, r): U^T X = A A^T
+    excess: Tensor  # (L,): |D - B A|^2 - |D|^2
+
+    @staticmethod
+    def at(blocks: Blocks, R: Tensor) -> Point:
+        """The point of rotations ``(L, N, r, r)``."""
+        return Point.best(blocks, R[:, None])
+
+    @staticmethod
+    def best(blocks: Blocks, candidates: Tensor) -> Point:
+        """In each layer that of the candidates ``(L, C, N, r, r)`` of least error."""
+        all_of_them = _measured(blocks, candidates)
+        best = all_of_them[-1].argmin(1)
+        at = (torch.arange(len(best), device=best.device), best)
+        return Point(blocks, candidates[at], *(t[at] for t in all_of_them))
 
     def first_step(self) -> Tensor:
         """To about the minimum of a parabola that is as steep as ``|B A|^2`` ``(L,)``."""
@@ -214,10 +231,31 @@ class Point:
         return self.R @ (inner - inner.mT) / 2
 
 
+def least(blocks: Blocks, candidates: Tensor) -> Tensor:
+    """Which ``(L,)`` of the candidates ``(L, C, N, r, r)`` has the least error in each layer, the
+    first of equals."""
+    return _measured(blocks, candidates)[-1].argmin(1)
+
+
+def _measured(blocks: Blocks, candidates: Tensor) -> tuple[Tensor, ...]:
+    """``U, X, Y, P, Q, excess`` of :class:`Point`, each ``(L, C, ...)``. The blocks are read once
+    for all candidates."""
+    layers, count, clients, r, _ = candidates.shape
+    weighted = blocks.weights[:, None, None] * candidates
+    U = weighted.permute(0, 2, 3, 1, 4).reshape(layers, clients * r, count * r)
+    X, Y = times(blocks.A, U), times(blocks.B, U)
+    split = (layers, clients * r, count, r)
+    pull = (Y * blocks.weighted(X)).view(split).sum((1, 3))
+    U, X, Y = (t.view(split).transpose(1, 2) for t in (U, X, Y))
+    P, Q = U.mT @ Y, U.mT @ X
+    return U, X, Y, P, Q, (P * Q).sum((2, 3)) - 2 * pull
+
+
 def times(G: Tensor, U: Tensor) -> Tensor:
-    """``G U`` for symmetric ``G`` ``(L, S, S)``, in the form that BLAS is several times as fast
-    in."""
-    return (U.mT @ G).mT.contiguous()
+    """``G U`` for symmetric ``G`` ``(L, S, S)``; where ``U`` is narrow in the form that some
+    versions of BLAS are several times as fast in."""
+    narrow = 16
+    return G @ U if U.shape[-1] > narrow else (U.mT @ G).mT.contiguous()
 
 
 def spectrum(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:

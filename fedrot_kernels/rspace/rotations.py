@@ -36,6 +36,14 @@ def gpa(
 
     Source: Gower, Psychometrika 1975; ten Berge, Psychometrika 1977.
     """
+    start = procrustes(blocks, proper=proper)
+    return _gpa(blocks, start, proper, iterations, tolerance)
+
+
+def _gpa(
+    blocks: Blocks, start: Tensor, proper: bool, iterations: int = 10, tolerance: float = 1e-3
+) -> Tensor:
+    """:func:`gpa` from the alignment to the reference."""
     layers, clients, r = blocks.shape
     K = blocks.A + blocks.B
     diagonal = K.view(layers, clients, r, clients, r).diagonal(dim1=1, dim2=3)  # (L, r, r, N)
@@ -48,7 +56,7 @@ def gpa(
         M = times(K, U)
         return M.view(R.shape), (U * M).sum((1, 2))
 
-    R = _start(blocks, K, own, proper)
+    R = _with_first(blocks, start, K, own, proper)
     M, f = toward(R)
     active = torch.ones_like(f, dtype=torch.bool)
     for _ in range(iterations):
@@ -69,17 +77,16 @@ def gpa(
     return to_reference(blocks, R, proper=proper)
 
 
-def _start(blocks: Blocks, K: Tensor, own: Tensor, proper: bool) -> Tensor:
-    """Toward the reference; where that is zero, toward the client of most weight."""
+def _with_first(blocks: Blocks, start: Tensor, K: Tensor, own: Tensor, proper: bool) -> Tensor:
+    """``start``, but toward the client of most weight where the reference is zero."""
     _, _, r = blocks.shape
-    M = blocks.cross("joint")
     empty = (blocks.gram_A + blocks.gram_B).abs().amax((1, 2)) == 0
-    if bool(empty.any()):
-        first = int(blocks.weights.argmax())
-        to_first = K[:, :, first * r : (first + 1) * r].reshape(M.shape).clone()
-        to_first[:, first] = own[:, first]
-        M = torch.where(_each(empty), to_first, M)
-    return torch.ops.fedrot.polar(M.contiguous(), proper=proper)
+    if not bool(empty.any()):
+        return start
+    first = int(blocks.weights.argmax())
+    to_first = K[:, :, first * r : (first + 1) * r].reshape(start.shape).clone()
+    to_first[:, first] = own[:, first]
+    return torch.where(_each(empty), torch.ops.fedrot.polar(to_first, proper=proper), start)
 
 
 def _each(mask: Tensor) -> Tensor:
@@ -106,7 +113,7 @@ def optimal(
     """
     given = blocks
     blocks = given.of_size_one()
-    at = _best_start(given, blocks, proper) if start is None else Point(blocks, start)
+    at = _best_start(given, blocks, proper) if start is None else Point.at(blocks, start)
     norm, slope = blocks.norm_square(), at.slope()
     step = at.first_step()
     active = torch.ones_like(step, dtype=torch.bool)
@@ -131,14 +138,10 @@ def optimal(
 
 def _best_start(given: Blocks, blocks: Blocks, proper: bool) -> Point:
     """Of rotations by ``given``, those of least error by ``blocks``, which are of size one."""
-    starts = [gpa(given, proper=proper), procrustes(given, proper=proper)]
-    starts.append(torch.eye(given.shape[2], dtype=starts[0].dtype, device=starts[0].device))
-    errors = [Point(blocks, R.expand_as(starts[0])).excess for R in starts]
-    best = torch.stack(errors).argmin(0)
-    found = starts[0]
-    for number, R in enumerate(starts[1:], 1):
-        found = torch.where(_each(best == number), R, found)
-    return Point(blocks, found)
+    joint = procrustes(given, proper=proper)
+    eye = torch.eye(joint.shape[-1], dtype=joint.dtype, device=joint.device)
+    starts = torch.stack([_gpa(given, joint, proper), joint, eye.expand_as(joint)], 1)
+    return Point.best(blocks, starts)
 
 
 def _descend(
@@ -148,12 +151,12 @@ def _descend(
     steps that led there."""
     for _ in range(6):  # below a 4000th of a step it is rounding that decides
         moved = torch.ops.fedrot.polar(at.R - _each(step) * slope, proper=proper)
-        new = Point(at.blocks, torch.where(_each(active), moved, at.R))
+        new = Point.at(at.blocks, torch.where(_each(active), moved, at.R))
         worse = active & ~(new.excess <= at.excess)
         if not bool(worse.any()):
             return new, step
         step = torch.where(worse, step / 4, step)
-    return Point(at.blocks, torch.where(_each(active & ~worse), moved, at.R)), step
+    return Point.at(at.blocks, torch.where(_each(active & ~worse), moved, at.R)), step
 
 
 def to_reference(blocks: Blocks, R: Tensor, *, proper: bool = True) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedrot_kernels.checks import check_fraction
-from fedrot_kernels.rspace.blocks import Blocks, times
+from fedrot_kernels.rspace.blocks import Blocks, least, times
 
 AUTO = ("auto", "auto-client")
 """What ``lam`` may be instead of a number."""
@@ -47,19 +47,7 @@ def _best_lam(blocks: Blocks, R: Tensor, grid: Tensor, proper: bool) -> Tensor:
     """Of ``grid`` ``(L, C)`` the one of least error in each layer, the first of equals."""
     # Rounded as the result will be: at lam = 1/2 a polar factor may hang on that.
     candidates = turned(R[:, None], grid[:, :, None], proper=proper).double()
-    layers, clients, r = blocks.shape
-    # Candidates side by side: two products for all of them.
-    U = (
-        (blocks.weights[:, None, None] * candidates)
-        .permute(0, 2, 3, 1, 4)
-        .reshape(layers, clients * r, -1)
-    )
-    X, Y = blocks.A @ U, blocks.B @ U
-    split = (layers, clients * r, grid.shape[1], r)
-    pull = (Y * blocks.weighted(X)).view(split).sum((1, 3))
-    U, X, Y = (t.view(split).transpose(1, 2) for t in (U, X, Y))
-    excess = ((U.mT @ Y) * (U.mT @ X)).sum((2, 3)) - 2 * pull
-    return grid.gather(1, excess.argmin(1, keepdim=True)).squeeze(1)
+    return grid.gather(1, least(blocks, candidates)[:, None]).squeeze(1)
 
 
 def turned(R: Tensor, lam: Tensor, *, proper: bool = True) -> Tensor:
