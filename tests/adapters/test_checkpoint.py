@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import fedrot
+from fedrot.adapters import folder as folders_of_adapters
 from fedrot.cli import app
 from fedrot.errors import FedrotError
 
@@ -126,3 +129,67 @@ def test_another_model_is_noted(models):
     )
     (note,) = fedrot.aggregate([a, b]).notes
     assert note.startswith(f"{b}: config.json has num_attention_heads=4, the reference 2; merging")
+
+
+def test_integers_keep_their_digits(models):
+    """Of float32, which has no 2^24 + 1, as of bfloat16."""
+    (a, b), states = models
+    large = torch.tensor([2**24 + 1, 3])
+    for path, state in zip((a, b), states, strict=True):
+        for file in path.glob("*.safetensors*"):
+            file.unlink()
+        save_file({"head": state["lm_head.weight"], "large": large}, path / "model.safetensors")
+    assert torch.equal(fedrot.aggregate([a, b]).tensors["large"], large)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(models, monkeypatch):
+    (a, b), _ = models
+
+    def changed(file):
+        tensors = load_file(file)
+        file.write_bytes(file.read_bytes() + b" ")
+        return tensors
+
+    monkeypatch.setattr(folders_of_adapters, "load_file", changed)
+    with pytest.raises(FedrotError, match=f"{a / 'model.safetensors'}: changed while it was read"):
+        fedrot.aggregate([a, b])
+
+
+PEAK = """
+import sys, threading
+import fedrot.adapters.merge
+
+def private():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+before, peak, done = private(), 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, private())
+watcher = threading.Thread(target=watch)
+watcher.start()
+fedrot.aggregate(sys.argv[2:]).save(sys.argv[1])
+done.set()
+watcher.join()
+print(1024 * (peak - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_models_are_not_copied(tmp_path):
+    """Beside the result and a few tensors in float64 (here 4 MB of 64) nothing is in memory."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        layers = {
+            f"{i}.weight": torch.full((512, 512), i, dtype=torch.bfloat16) for i in range(128)
+        }
+        save_file(layers, tmp_path / name / "model.safetensors")
+    size = (tmp_path / "a" / "model.safetensors").stat().st_size
+    paths = [str(tmp_path / name) for name in ("out", "a", "b")]
+    found = subprocess.run(
+        [sys.executable, "-c", PEAK, *paths], check=True, capture_output=True, text=True
+    )
+    assert 0.9 * size < int(found.stdout) < 2.5 * size

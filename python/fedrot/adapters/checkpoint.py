@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedrot.adapters.adapter import Adapter, checked
-from fedrot.adapters.folder import PROVENANCE, read_json, read_safetensors
+from fedrot.adapters.folder import PROVENANCE, map_safetensors, read_json
 from fedrot.errors import FedrotError
 from fedrot.files import new_folder
 
@@ -31,8 +31,8 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def read_checkpoint(path: Path) -> Adapter:
-    """The parameters of a model, from `model.safetensors` or the shards that its index names, and
-    its configuration.
+    """The parameters of a model, mapped from `model.safetensors` or the shards that its index
+    names, and its configuration.
 
     Raises:
         FedrotError: naming the folder where a file is missing or corrupt, the weights are
@@ -50,7 +50,7 @@ def read_checkpoint(path: Path) -> Adapter:
         file = path / name
         if not file.is_file():
             raise FedrotError(_missing(path, name))
-        found, digests[name] = read_safetensors(file)
+        found, digests[name] = map_safetensors(file)
         tensors.update(found)
     return replace(checked(str(path), None, tensors, path=path), config=config, sha256=digests)
 

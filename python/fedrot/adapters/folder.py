@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from fedrot.adapters.adapter import Adapter, checked
@@ -105,7 +106,33 @@ def read_json(file: Path) -> tuple[dict[str, Any], str]:
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors, and the SHA-256 of the file."""
     data = file.read_bytes()
-    try:
+    with _corrupt_is_named(file):
         return load(data), hashlib.sha256(data).hexdigest()
+
+
+def map_safetensors(file: Path) -> tuple[dict[str, Tensor], str]:
+    """The same of a file that may not fit into memory: the tensors are mapped, and read when they
+    are used.
+
+    Raises:
+        FedrotError: also where the file changes meanwhile.
+    """
+    before = file.stat()
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while data := opened.read(1 << 24):
+            digest.update(data)
+    with _corrupt_is_named(file):
+        tensors = load_file(file)
+    after = file.stat()
+    if any(getattr(before, f) != getattr(after, f) for f in ("st_ino", "st_size", "st_mtime_ns")):
+        raise FedrotError(f"{file}: changed while it was read")
+    return tensors, digest.hexdigest()
+
+
+@contextmanager
+def _corrupt_is_named(file: Path) -> Iterator[None]:
+    try:
+        yield
     except SafetensorError as error:
         raise FedrotError(f"{file}: corrupt or not a safetensors file ({error})") from error

@@ -302,14 +302,24 @@ def _normalised(weights: Sequence[float] | None, n: int) -> Tensor:
 
 
 def _rest(uploads: Uploads, method: Method) -> dict[str, Tensor]:
-    """All but the factors; a `lora_B.bias` enters times the scaling of its adapter."""
+    """All but the factors."""
+    keys = uploads.target.keys
+    rest = (*keys.magnitudes, *keys.plain, *keys.lora_biases)
+    if uploads.target.kind is None:
+        return _averaged(uploads, method, rest)
+    # Means, of one tensor after the other: a whole model is never in float64 at once.
+    return {name: t for key in rest for name, t in _averaged(uploads, method, (key,)).items()}
+
+
+def _averaged(uploads: Uploads, method: Method, keys: Sequence[str]) -> dict[str, Tensor]:
+    """As the method averages them; a `lora_B.bias` enters times the scaling of its adapter."""
     target = uploads.target
-    keys = (*target.keys.magnitudes, *target.keys.plain, *target.keys.lora_biases)
     like = {key: target.tensors[key] for key in keys}
 
     def own(adapter: Adapter) -> dict[str, Tensor]:
         tensors = {key: adapter.tensors[key] for key in keys}
-        for key, name in target.keys.lora_biases.items():
+        for key in target.keys.lora_biases.keys() & tensors.keys():
+            name = target.keys.lora_biases[key]
             scaling = adapter.keys.layers[name].scaling / target.keys.layers[name].scaling
             tensors[key] = scaling * tensors[key].double()
         return tensors

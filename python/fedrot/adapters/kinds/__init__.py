@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedrot.adapters.config import Config, check_config
-from fedrot.adapters.kinds.base import Kind, Tensors
+from fedrot.adapters.kinds.base import Kind, Plain, Tensors
 from fedrot.adapters.kinds.hadamard import LoHa
 from fedrot.adapters.kinds.prompts import PrefixTuning, PromptTuning
 from fedrot.adapters.kinds.vectors import IA3, Full, Vera
@@ -96,20 +96,26 @@ def align(uploads: Uploads, method: Method) -> tuple[Uploads, dict[str, float]]:
     kind.check_method(method)
     names = [key for key in target.keys.plain if kind.keys.fullmatch(key)]
     dtype = _working_dtype([*uploads.adapters, target], names)
-    reference = {key: target.tensors[key].to(dtype) for key in names}
+
+    def own(adapter: Adapter) -> Tensors:
+        found = {key: adapter.tensors[key] for key in names}
+        if isinstance(kind, Plain):  # perhaps a whole model, of which there is no second copy
+            return found
+        scales = {key: kind.scale(adapter.config, target.config, key) for key in names}
+        return {key: t.to(dtype) * scales[key] for key, t in found.items()}
+
+    reference = own(target)
     rotation = method if isinstance(method, FedRot) and method.lam != 0 else None
     adapters, notes = [], list(uploads.notes)
     plain = aligned = 0.0
     for weight, adapter in zip(uploads.weights.tolist(), uploads.adapters, strict=True):
-        scaled: Tensors = {
-            key: adapter.tensors[key].to(dtype) * kind.scale(adapter.config, target.config, key)
-            for key in names
-        }
-        moved, note = scaled, ""
-        if rotation is not None:
-            moved, note = kind.align(scaled, reference, target.config, rotation)
-        plain += weight * _square(scaled, reference)
-        aligned += weight * _square(moved, reference)
+        moved, note = own(adapter), ""
+        square = weight * _square(moved, reference)
+        plain += square
+        if rotation is not None and not isinstance(kind, Plain):
+            moved, note = kind.align(moved, reference, target.config, rotation)
+            square = weight * _square(moved, reference)
+        aligned += square
         notes += [f"{adapter.source}: {note}"] if note else []
         adapters.append(dataclasses.replace(adapter, tensors={**adapter.tensors, **moved}))
     changed = dataclasses.replace(uploads, adapters=adapters, notes=notes)
