@@ -131,6 +131,18 @@ def test_another_model_is_noted(models):
     assert note.startswith(f"{b}: config.json has num_attention_heads=4, the reference 2; merging")
 
 
+def test_inspect_says_how_far_apart_models_are(models):
+    folders, (one, other) = models
+    result = CliRunner().invoke(app, ["inspect", *map(str, folders), "--json"])
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    names = {row["tensor"] for row in report["adapters"][0]["tensors"]}
+    assert names == one.keys() - {"lm_head.weight"}  # tied, and stored once
+    apart = sum(float((one[name] - other[name]).square().sum()) for name in names) ** 0.5
+    (_, found) = report["distances"].values()
+    assert found == {"plain": pytest.approx(apart), "aligned": pytest.approx(apart)}
+
+
 def test_integers_keep_their_digits(models):
     """Of float32, which has no 2^24 + 1, as of bfloat16."""
     (a, b), states = models
@@ -163,6 +175,7 @@ def private():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
 
+fedrot.aggregate(sys.argv[4:]).save(sys.argv[1] + "-small")  # imports, threads
 before, peak, done = private(), 0, threading.Event()
 def watch():
     global peak
@@ -170,7 +183,7 @@ def watch():
         peak = max(peak, private())
 watcher = threading.Thread(target=watch)
 watcher.start()
-fedrot.aggregate(sys.argv[2:]).save(sys.argv[1])
+fedrot.aggregate(sys.argv[2:4]).save(sys.argv[1])
 done.set()
 watcher.join()
 print(1024 * (peak - before))
@@ -180,15 +193,14 @@ print(1024 * (peak - before))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_models_are_not_copied(tmp_path):
     """Beside the result and a few tensors in float64 (here 4 MB of 64) nothing is in memory."""
-    for name in "ab":
+    layer = torch.ones(512, 512, dtype=torch.bfloat16)
+    for name, count in (("a", 128), ("b", 128), ("c", 1), ("d", 1)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
-        layers = {
-            f"{i}.weight": torch.full((512, 512), i, dtype=torch.bfloat16) for i in range(128)
-        }
-        save_file(layers, tmp_path / name / "model.safetensors")
+        model = {f"{i}.weight": i * layer for i in range(count)}
+        save_file(model, tmp_path / name / "model.safetensors")
     size = (tmp_path / "a" / "model.safetensors").stat().st_size
-    paths = [str(tmp_path / name) for name in ("out", "a", "b")]
+    paths = [str(tmp_path / name) for name in ("out", *"abcd")]
     found = subprocess.run(
         [sys.executable, "-c", PEAK, *paths], check=True, capture_output=True, text=True
     )

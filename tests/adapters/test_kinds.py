@@ -146,11 +146,50 @@ def test_methods_of_lora_are_refused(tools):
         fedrot.aggregate([model]).misalignment  # noqa: B018
 
 
-def test_inspect_is_for_lora(tools, tmp_path):
+@pytest.mark.parametrize("title", CONFIGS)
+def test_inspect_says_how_far_apart_they_are(tools, tmp_path, title):
+    models = [adapted(tools, CONFIGS[title](), seed) for seed in (1, 2)]
+    folders = [tools.saved(m, tmp_path / name) for m, name in zip(models, "ab", strict=True)]
+    options = ("--weights", "3,1")
+    code, stdout, stderr = run("inspect", *folders, *options, "--json")
+    assert (code, stderr) == (0, "")
+    report, merged = json.loads(stdout), fedrot.aggregate(folders, weights=[3, 1])
+    assert report["reference"] == str(folders[0])
+    for adapter in report["adapters"]:
+        assert adapter["kind"] == title
+        assert [row["tensor"] for row in adapter["tensors"]] == sorted(
+            key for key in merged.tensors if not re.search(r"vera_[AB]$", key)
+        )
+        shapes = {row["tensor"]: row["shape"] for row in adapter["tensors"]}
+        assert all(list(merged.tensors[key].shape) == shape for key, shape in shapes.items())
+    distances, summary = report["distances"], report["summary"]
+    assert distances[str(folders[0])] == {"plain": 0, "aligned": pytest.approx(0, abs=1e-6)}
+    for kind in ("plain", "aligned"):
+        apart = distances[str(folders[1])][kind]
+        assert apart > 0 and summary[f"distance_{kind}"] == pytest.approx(apart / 2)
+        assert summary[f"distance_{kind}"] == pytest.approx(merged.distances[f"distance_{kind}"])
+    code, stdout, _ = run("inspect", *folders, *options)
+    last = stdout.splitlines()[-2].split()
+    assert code == 0 and f"b: {title}" in stdout
+    assert last[:2] == ["all", f"{summary['distance_plain']:.4g}"]
+    share = 100 * summary["distance_plain"] / summary["norm"]
+    assert last[2] == f"({share:.2g}" if share < 100 else f"({share:.0f}"
+
+
+def test_inspect_of_one_adapter_of_another_kind(tools, tmp_path):
     folder = tools.saved(adapted(tools, CONFIGS["LoHa"](), 1), tmp_path / "a")
-    for args in ((), ("--rank", 4), ("--rank", "auto", "--energy", 0.9)):
+    code, stdout, stderr = run("inspect", folder)
+    rows = [line.split() for line in stdout.splitlines() if "hada" in line]
+    assert (code, stderr) == (0, "") and "distance" not in stdout
+    assert ["base_model.model.lin1.hada_w1_a", "9x3", "float32"] in rows and len(rows) == 8
+    for args, named in (
+        (("--rank", "auto"), "rank must be left out for LoHa, .* got auto"),
+        (("--rank", "auto", "--energy", 0.9), "rank must be left out for LoHa"),
+        (("--rank", 4, "--reference", folder), "rank must be left out for LoHa, .* got 4"),
+        (("--align", "gpa", "--reference", folder), "LoHa takes a number for lam and joint"),
+    ):
         code, _, stderr = run("inspect", folder, *args)
-        assert code == 1 and f"{folder}: LoHa has no LoRA factors to inspect" in stderr
+        assert code == 1 and re.search(named, stderr)
 
 
 def test_two_kinds_do_not_mix(tools):

@@ -52,7 +52,7 @@ class Merged:
     uploads: Uploads
     method: Method
     spectrum: Spectrum | None = None  # where it decided the ranks
-    distances: dict[str, float] | None = None  # None for LoRA; see `kinds.align`
+    distances: dict[str, float] | None = None  # None for LoRA; see `kinds.Distances`
     lam: Tensor | None = None  # what was found for "auto": see `Method.aggregate_with_lam`
 
     def __repr__(self) -> str:
@@ -281,7 +281,7 @@ def merge(uploads: Uploads, method: Method) -> Merged:
         uploads, distances = kinds.align(uploads, method)
         factors = uploads.reference
         tensors = result(uploads, factors, method)
-        return Merged(config, tensors, factors, uploads, method, distances=distances)
+        return Merged(config, tensors, factors, uploads, method, distances=distances.summary())
     factors, lam = method.aggregate_with_lam(uploads.clients, uploads.like, uploads.weights)
     tensors = result(uploads, factors, method)
     return Merged(config, tensors, factors, uploads, method, lam=lam)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,8 @@ from fedrot.errors import FedrotError
 
 if TYPE_CHECKING:
     from fedrot.adapters import Adapter, Misalignment, Spectrum, Uploads
+    from fedrot.adapters.kinds import Distances
+    from fedrot.methods import FedRot
 
 BARS = 16  # singular values in the terminal
 
@@ -31,7 +34,8 @@ BARS = 16  # singular values in the terminal
 @user_errors
 def inspect(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="PEFT folders.", show_default=False)
+        list[Path],
+        typer.Argument(metavar="DIR...", help="PEFT folders, or models'.", show_default=False),
     ],
     reference: Annotated[
         Path | None,
@@ -55,7 +59,10 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show layers, shapes, ranks and scalings; of several adapters also the misalignment."""
+    """Show layers, shapes, ranks and scalings; of several adapters also the misalignment.
+
+    Of another kind than LoRA: tensors and shapes; of several how far apart they are.
+    """
     from fedrot import adapters
     from fedrot.methods import FedRot
 
@@ -66,13 +73,8 @@ def inspect(
     method = FedRot(read_lam(lam), align.value)
     adapters.check_distinct(folders)
     parsed = adapters.parse_weights(weights, folders)
-    read = [adapters.read_adapter(path) for path in folders]
-    ref = adapters.read_adapter(reference) if reference else read[0]
-    for adapter in (*read, ref):
-        if adapter.kind is not None:
-            raise FedrotError(
-                f"{adapter.source}: {adapter.kind.title} has no LoRA factors to inspect"
-            )
+    read = [adapters.read(path, str(path)) for path in folders]
+    ref = adapters.read(reference, str(reference)) if reference else read[0]
     several = reference is not None or len(read) > 1
     if isinstance(wanted, int) and not several:
         raise FedrotError(f"--rank {wanted} pads a reference: there must be one, or two adapters")
@@ -85,6 +87,11 @@ def inspect(
         for name, given in alone.items():
             if given:
                 raise FedrotError(f"{name} needs several adapters, or one and a reference")
+    if ref.kind is not None:
+        ref.kind.check_rank(rank=wanted, energy=energy)
+        compared = adapters.gather(read, ref, parsed) if several else None
+        _inspect_tensors(read, compared, method, as_json)
+        return
     uploads = measured = spectrum = None
     if several or wanted == "auto":
         # A spectrum has no need of one rank, nor of one that is large enough.
@@ -158,6 +165,81 @@ def _as_json(
     return result
 
 
+def _inspect_tensors(
+    read: list[Adapter], uploads: Uploads | None, method: FedRot, as_json: bool
+) -> None:
+    """Of another kind than LoRA: what is averaged, and the distances from the reference."""
+    from rich.console import Console
+
+    from fedrot.adapters import kinds
+
+    distances = None
+    if uploads:
+        uploads, distances = kinds.align(uploads, method)
+    if as_json:
+        typer.echo(json.dumps(_tensors_as_json(read, uploads, distances), indent=2))
+        return
+    console = Console()
+    for rows, same in _layouts(read, _tensor_rows):
+        kind = same[0].kind
+        table = _table(
+            f"{_sources(same)}: {kind.title if kind else ''}", "tensor", "shape", "dtype"
+        )
+        for row in rows:
+            table.add_row(row["tensor"], "x".join(map(str, row["shape"])), row["dtype"])
+        console.print(table)
+    for note in uploads.notes if uploads else ():
+        typer.echo(f"note: {note}", err=True)
+    if uploads and distances:
+        console.print(_distance_table(uploads, distances))
+
+
+def _kind(adapter: Adapter) -> str:
+    return adapter.kind.title if adapter.kind else "LoRA"
+
+
+def _tensor_rows(adapter: Adapter) -> list[dict[str, Any]]:
+    return [
+        {"tensor": key, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+        for key, t in ((key, adapter.tensors[key]) for key in adapter.keys.plain)
+    ]
+
+
+def _tensors_as_json(
+    read: list[Adapter], uploads: Uploads | None, distances: Distances | None
+) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "adapters": [{"path": a.source, "kind": _kind(a), "tensors": _tensor_rows(a)} for a in read]
+    }
+    if uploads and distances:
+        result["reference"] = uploads.target.source
+        result["notes"] = uploads.notes
+        result["summary"] = {"norm": distances.norm, **distances.summary()}
+        result["distances"] = {
+            adapter.source: {"plain": plain, "aligned": aligned}
+            for adapter, plain, aligned in zip(
+                uploads.adapters, distances.plain, distances.aligned, strict=True
+            )
+        }
+    return result
+
+
+def _distance_table(uploads: Uploads, distances: Distances) -> Any:
+    title = f"distance from {uploads.target.source} (relative to its length)"
+    table = _table(title, "adapter", "weight", "plain", "aligned")
+
+    def texts(*values: float) -> list[str]:
+        return [error_text(v, v / distances.norm if distances.norm else None) for v in values]
+
+    for adapter, *row in zip(
+        uploads.adapters, distances.weights, distances.plain, distances.aligned, strict=True
+    ):
+        table.add_row(adapter.source, f"{row[0]:.3f}", *texts(*row[1:]))
+    table.add_section()
+    table.add_row("all", "", *texts(*distances.summary().values()))
+    return table
+
+
 def _show(
     read: list[Adapter],
     uploads: Uploads | None,
@@ -168,16 +250,7 @@ def _show(
     from rich.console import Console
 
     console = Console()
-    layouts: list[tuple[list[dict[str, Any]], list[Adapter]]] = []
-    for adapter in read:
-        rows = _layer_rows(adapter)
-        for known, same in layouts:
-            if known == rows:
-                same.append(adapter)
-                break
-        else:
-            layouts.append((rows, [adapter]))
-    for rows, same in layouts:
+    for rows, same in _layouts(read, _layer_rows):
         console.print(_layout_table(rows, same))
     for note in uploads.notes if uploads else ():
         typer.echo(f"note: {note}", err=True)
@@ -188,11 +261,30 @@ def _show(
         console.print(_spectrum_table(spectrum, console.width))
 
 
+def _layouts(
+    read: list[Adapter], rows_of: Callable[[Adapter], list[dict[str, Any]]]
+) -> list[tuple[list[dict[str, Any]], list[Adapter]]]:
+    """The rows of each different layout, and the adapters that have it."""
+    layouts: list[tuple[list[dict[str, Any]], list[Adapter]]] = []
+    for adapter in read:
+        rows = rows_of(adapter)
+        for known, same in layouts:
+            if known == rows:
+                same.append(adapter)
+                break
+        else:
+            layouts.append((rows, [adapter]))
+    return layouts
+
+
+def _sources(adapters: list[Adapter]) -> str:
+    return ", ".join(adapter.source for adapter in adapters)
+
+
 def _layout_table(rows: list[dict[str, Any]], same: list[Adapter]) -> Any:
-    title = ", ".join(adapter.source for adapter in same)
     several = any(row["experts"] > 1 for row in rows)
     experts = ("experts",) if several else ()
-    table = _table(title, "layer", "A", "B", "rank", *experts, "scaling", "dtype")
+    table = _table(_sources(same), "layer", "A", "B", "rank", *experts, "scaling", "dtype")
     for row in rows:
         shapes = ["x".join(str(n) for n in row[side]) for side in "AB"]
         counts = [str(row[name]) for name in ("rank", *experts)]

@@ -7,6 +7,7 @@ Where a method takes LoRA factors and finds rotations for all clients at once, a
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from fedrot.adapters.adapter import Adapter
     from fedrot.adapters.uploads import Uploads
 
-__all__ = ["FULL", "KINDS", "REFUSED_TYPES", "Kind", "align", "kind_of"]
+__all__ = ["FULL", "KINDS", "REFUSED_TYPES", "Distances", "Kind", "align", "kind_of"]
 
 FULL = Full()
 
@@ -79,13 +80,29 @@ def kind_of(config: Config, source: str) -> Kind | None:
     return None
 
 
-def align(uploads: Uploads, method: Method) -> tuple[Uploads, dict[str, float]]:
+@dataclass(frozen=True)
+class Distances:
+    """How far from the reference adapters are, ``|T_i - T_ref|`` over the tensors of their kind."""
+
+    plain: tuple[float, ...]  # of every adapter, as it is
+    aligned: tuple[float, ...]
+    norm: float  # |T_ref|
+    weights: tuple[float, ...]
+
+    def summary(self) -> dict[str, float]:
+        """``sqrt(sum_i w_i |T_i - T_ref|²)``: ``distance_plain`` and ``distance_aligned``."""
+
+        def mean(values: tuple[float, ...]) -> float:
+            return sum(w * v**2 for w, v in zip(self.weights, values, strict=True)) ** 0.5
+
+        return {"distance_plain": mean(self.plain), "distance_aligned": mean(self.aligned)}
+
+
+def align(uploads: Uploads, method: Method) -> tuple[Uploads, Distances]:
     """Every adapter in the reference's coordinates, ready to be averaged.
 
     Returns:
-        The uploads with the adapters changed and notes added; and the distances from the reference,
-        ``sqrt(sum_i w_i |T_i - T_ref|²)`` over the tensors of the kind, before
-        (``"distance_plain"``) and after (``"distance_aligned"``).
+        The uploads with the adapters changed and notes added; and the distances from the reference.
 
     Raises:
         FedrotError: the method, or an option of it, says nothing about this kind.
@@ -107,19 +124,20 @@ def align(uploads: Uploads, method: Method) -> tuple[Uploads, dict[str, float]]:
     reference = own(target)
     rotation = method if isinstance(method, FedRot) and method.lam != 0 else None
     adapters, notes = [], list(uploads.notes)
-    plain = aligned = 0.0
-    for weight, adapter in zip(uploads.weights.tolist(), uploads.adapters, strict=True):
+    plain, aligned = [], []
+    for adapter in uploads.adapters:
         moved, note = own(adapter), ""
-        square = weight * _square(moved, reference)
-        plain += square
+        plain.append(_distance(moved, reference))
+        aligned.append(plain[-1])
         if rotation is not None and not isinstance(kind, Plain):
             moved, note = kind.align(moved, reference, target.config, rotation)
-            square = weight * _square(moved, reference)
-        aligned += square
+            aligned[-1] = _distance(moved, reference)
         notes += [f"{adapter.source}: {note}"] if note else []
         adapters.append(dataclasses.replace(adapter, tensors={**adapter.tensors, **moved}))
     changed = dataclasses.replace(uploads, adapters=adapters, notes=notes)
-    return changed, {"distance_plain": plain**0.5, "distance_aligned": aligned**0.5}
+    norm = _distance(reference)
+    weights = tuple(uploads.weights.tolist())
+    return changed, Distances(tuple(plain), tuple(aligned), norm, weights)
 
 
 def _working_dtype(adapters: list[Adapter], names: list[str]) -> torch.dtype:
@@ -127,6 +145,7 @@ def _working_dtype(adapters: list[Adapter], names: list[str]) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def _square(ours: Tensors, theirs: Tensors) -> float:
-    differences = (ours[key].double() - theirs[key].double() for key in theirs)
-    return sum(float(t.square().sum()) for t in differences)
+def _distance(ours: Tensors, theirs: Tensors | None = None) -> float:
+    """From the other tensors, or from zero."""
+    apart = (t.double() - theirs[key].double() if theirs else t.double() for key, t in ours.items())
+    return sum(float(t.square().sum()) for t in apart) ** 0.5
