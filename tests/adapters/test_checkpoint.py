@@ -143,6 +143,20 @@ def test_inspect_says_how_far_apart_models_are(models):
     assert found == {"plain": pytest.approx(apart), "aligned": pytest.approx(apart)}
 
 
+def test_the_loops_are_tracked(models):
+    folders, _ = models
+    seen = []
+
+    def track(items, label):
+        for item in items:
+            seen.append(label)
+            yield item
+
+    tracked = fedrot.aggregate(folders, track=track).tensors
+    assert seen == 2 * ["reading"] + 2 * ["aligning"] + len(tracked) * ["averaging"]
+    assert all(torch.equal(t, tracked[k]) for k, t in fedrot.aggregate(folders).tensors.items())
+
+
 def test_integers_keep_their_digits(models):
     """Of float32, which has no 2^24 + 1, as of bfloat16."""
     (a, b), states = models

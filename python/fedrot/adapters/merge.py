@@ -29,6 +29,7 @@ from fedrot.errors import FedrotError
 from fedrot.factors import Factors
 from fedrot.methods import FedRot, FlexLoRA, Method
 from fedrot.options import to_tree
+from fedrot.progress import Track, no_progress
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -183,6 +184,7 @@ def aggregate(
     method: Method | None = None,
     rank: int | Literal["auto"] | None = None,
     energy: float | None = None,
+    track: Track = no_progress,
 ) -> Merged:
     """Align adapters to a reference and average them (FedRot-LoRA, arXiv 2602.23638).
 
@@ -213,6 +215,8 @@ def aggregate(
             method is then `FlexLoRA("reference")` if None, and must be a FlexLoRA. LoRA only.
         energy: in (0, 1], for `rank="auto"`: share of the squared singular values; 1 is the rank
             of the exact average. None: `fedrot.adapters.ENERGY`.
+        track: wraps the loops over adapters, and over tensors of other kinds, to show how far they
+            are; as `fedrot.progress.progress()` gives it.
 
     Raises:
         FedrotError: (a `ValueError`) naming the adapter, its layer or key, and the values found,
@@ -245,7 +249,8 @@ def aggregate(
             "ranks, and energy=... goes beside it"
         )
     check_distinct(adapters)
-    found = [read(source, f"adapters[{index}]") for index, source in enumerate(adapters)]
+    numbered = track(list(enumerate(adapters)), "reading")
+    found = [read(source, f"adapters[{index}]") for index, source in numbered]
     if not found:
         raise FedrotError("no adapters to merge")
     target = found[0] if reference is None else read(reference, "reference")
@@ -260,15 +265,15 @@ def aggregate(
         )
     if isinstance(rank, str):
         spectrum = measure_spectrum(gather(found, target, weights, {}), energy)
-        merged = merge(gather(found, target, weights, spectrum.ranks), method)
+        merged = merge(gather(found, target, weights, spectrum.ranks), method, track)
         return replace(merged, spectrum=spectrum)
     if method.truncates and target.kind is None:  # clients of any rank
         ranks = {} if rank is None else dict.fromkeys(target.keys.layers, rank)
-        return merge(gather(found, target, weights, ranks), method)
-    return merge(gather(found, target, weights, rank), method)
+        return merge(gather(found, target, weights, ranks), method, track)
+    return merge(gather(found, target, weights, rank), method, track)
 
 
-def merge(uploads: Uploads, method: Method) -> Merged:
+def merge(uploads: Uploads, method: Method, track: Track = no_progress) -> Merged:
     """Aggregate the factors with `method`, and everything else as it averages that.
 
     Adapters of another kind than LoRA are aligned as their kind says, then averaged.
@@ -278,12 +283,12 @@ def merge(uploads: Uploads, method: Method) -> Merged:
     """
     config = uploads.target.config
     if uploads.target.kind is not None:
-        uploads, distances = kinds.align(uploads, method)
+        uploads, distances = kinds.align(uploads, method, track)
         factors = uploads.reference
-        tensors = result(uploads, factors, method)
+        tensors = result(uploads, factors, method, track)
         return Merged(config, tensors, factors, uploads, method, distances=distances.summary())
     factors, lam = method.aggregate_with_lam(uploads.clients, uploads.like, uploads.weights)
-    tensors = result(uploads, factors, method)
+    tensors = result(uploads, factors, method, track)
     return Merged(config, tensors, factors, uploads, method, lam=lam)
 
 

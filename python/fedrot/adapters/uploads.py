@@ -16,6 +16,7 @@ from fedrot.adapters.layers import Layer
 from fedrot.errors import FedrotError
 from fedrot.factors import Factors, resized
 from fedrot.methods import Method
+from fedrot.progress import Track, no_progress
 
 DORA_NOTE = (
     "DoRA: A and B are aligned like any LoRA; averaging the magnitude vectors is an approximation"
@@ -100,7 +101,9 @@ def gather(
     )
 
 
-def result(uploads: Uploads, factors: Factors, method: Method) -> dict[str, Tensor]:
+def result(
+    uploads: Uploads, factors: Factors, method: Method, track: Track = no_progress
+) -> dict[str, Tensor]:
     """The tensors of the result: the factors as they are stored, all else as the method averages.
 
     `factors`: what the method made of the uploads. Each tensor has the dtype of the reference's.
@@ -111,7 +114,7 @@ def result(uploads: Uploads, factors: Factors, method: Method) -> dict[str, Tens
         A, B = layer.join(factors.A, factors.B)
         tensors[layer.key_A] = _like(A, tensors[layer.key_A])
         tensors[layer.key_B] = _like(B, tensors[layer.key_B])
-    tensors.update(_rest(uploads, method))
+    tensors.update(_rest(uploads, method, track))
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise FedrotError(f"the merged {key!r} does not fit into {tensor.dtype}")
@@ -301,14 +304,17 @@ def _normalised(weights: Sequence[float] | None, n: int) -> Tensor:
     return w / w.sum()
 
 
-def _rest(uploads: Uploads, method: Method) -> dict[str, Tensor]:
+def _rest(uploads: Uploads, method: Method, track: Track) -> dict[str, Tensor]:
     """All but the factors."""
     keys = uploads.target.keys
     rest = (*keys.magnitudes, *keys.plain, *keys.lora_biases)
     if uploads.target.kind is None:
         return _averaged(uploads, method, rest)
     # Means, of one tensor after the other: a whole model is never in float64 at once.
-    return {name: t for key in rest for name, t in _averaged(uploads, method, (key,)).items()}
+    tensors: dict[str, Tensor] = {}
+    for key in track(rest, "averaging"):
+        tensors |= _averaged(uploads, method, (key,))
+    return tensors
 
 
 def _averaged(uploads: Uploads, method: Method, keys: Sequence[str]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import typer
 
 from fedrot.cli._run import user_errors
 from fedrot.errors import FedrotError
+from fedrot.progress import progress
 
 if TYPE_CHECKING:
     from fedrot.adapters import Merged
@@ -217,9 +218,16 @@ def aggregate(
     adapters.check_distinct(clients)
     adapters.check_output(output, [*clients, *([reference] if reference else [])], force)
     parsed = adapters.parse_weights(weights, clients)
-    merged = adapters.aggregate(
-        clients, reference, weights=parsed, method=method, rank=wanted, energy=energy
-    )
+    with progress(quiet) as track:
+        merged = adapters.aggregate(
+            clients,
+            reference,
+            weights=parsed,
+            method=method,
+            rank=wanted,
+            energy=energy,
+            track=track,
+        )
     merged.save(output, force=force)
 
     notes = [*merged.notes]

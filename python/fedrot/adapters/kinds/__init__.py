@@ -19,6 +19,7 @@ from fedrot.adapters.kinds.prompts import PrefixTuning, PromptTuning
 from fedrot.adapters.kinds.vectors import IA3, Full, Vera
 from fedrot.errors import FedrotError
 from fedrot.methods import FedRot, Method
+from fedrot.progress import Track, no_progress
 
 if TYPE_CHECKING:
     from fedrot.adapters.adapter import Adapter
@@ -98,7 +99,9 @@ class Distances:
         return {"distance_plain": mean(self.plain), "distance_aligned": mean(self.aligned)}
 
 
-def align(uploads: Uploads, method: Method) -> tuple[Uploads, Distances]:
+def align(
+    uploads: Uploads, method: Method, track: Track = no_progress
+) -> tuple[Uploads, Distances]:
     """Every adapter in the reference's coordinates, ready to be averaged.
 
     Returns:
@@ -125,7 +128,7 @@ def align(uploads: Uploads, method: Method) -> tuple[Uploads, Distances]:
     rotation = method if isinstance(method, FedRot) and method.lam != 0 else None
     adapters, notes = [], list(uploads.notes)
     plain, aligned = [], []
-    for adapter in uploads.adapters:
+    for adapter in track(uploads.adapters, "aligning"):
         moved, note = own(adapter), ""
         plain.append(_distance(moved, reference))
         aligned.append(plain[-1])
