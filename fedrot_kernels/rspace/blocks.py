@@ -231,10 +231,12 @@ class Point:
         return self.R @ (inner - inner.mT) / 2
 
 
-def least(blocks: Blocks, candidates: Tensor) -> Tensor:
+def least(blocks: Blocks, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """Which ``(L,)`` of the candidates ``(L, C, N, r, r)`` has the least error in each layer, the
-    first of equals."""
-    return _measured(blocks, candidates)[-1].argmin(1)
+    first of equals, and :class:`Point`'s ``excess`` of it."""
+    excess = _measured(blocks, candidates)[-1]
+    best = excess.argmin(1, keepdim=True)
+    return best.squeeze(1), excess.gather(1, best).squeeze(1)
 
 
 def _measured(blocks: Blocks, candidates: Tensor) -> tuple[Tensor, ...]:

@@ -36,18 +36,22 @@ def auto_lam(blocks: Blocks, R: Tensor, *, proper: bool = True) -> Tensor:
     clients differ little beside what they have in common."""
     wide = blocks.double()
     grid = torch.linspace(0, 1, 6, dtype=R.dtype, device=R.device)
-    best = _best_lam(wide, R, grid.expand(len(R), -1), proper)
+    best, error = _best_lam(wide, R, grid.expand(len(R), -1), proper)
+    around = torch.tensor([-0.2, 0.2], dtype=R.dtype, device=R.device)
     for halving in range(1, 5):
-        around = torch.tensor([0.0, -0.2, 0.2], dtype=R.dtype, device=R.device) / 2**halving
-        best = _best_lam(wide, R, (best[:, None] + around).clamp(0, 1), proper)
+        grid = (best[:, None] + around / 2**halving).clamp(0, 1)
+        lam, found = _best_lam(wide, R, grid, proper)
+        best, error = torch.where(found < error, lam, best), torch.minimum(found, error)
     return best
 
 
-def _best_lam(blocks: Blocks, R: Tensor, grid: Tensor, proper: bool) -> Tensor:
-    """Of ``grid`` ``(L, C)`` the one of least error in each layer, the first of equals."""
+def _best_lam(blocks: Blocks, R: Tensor, grid: Tensor, proper: bool) -> tuple[Tensor, Tensor]:
+    """Of ``grid`` ``(L, C)`` the one of least error in each layer, the first of equals, and its
+    ``excess``."""
     # Rounded as the result will be: at lam = 1/2 a polar factor may hang on that.
     candidates = turned(R[:, None], grid[:, :, None], proper=proper).double()
-    return grid.gather(1, least(blocks, candidates)[:, None]).squeeze(1)
+    best, error = least(blocks, candidates)
+    return grid.gather(1, best[:, None]).squeeze(1), error
 
 
 def turned(R: Tensor, lam: Tensor, *, proper: bool = True) -> Tensor:
