@@ -218,4 +218,4 @@ def test_models_are_not_copied(tmp_path):
     found = subprocess.run(
         [sys.executable, "-c", PEAK, *paths], check=True, capture_output=True, text=True
     )
-    assert 0.9 * size < int(found.stdout) < 2.5 * size
+    assert 0.9 * size < int(found.stdout) < 4 * size  # eleven times with copies

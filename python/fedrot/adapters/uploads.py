@@ -284,7 +284,9 @@ def _factors(adapter: Adapter, target: Adapter, dtype: torch.dtype) -> Factors:
         layer = adapter.keys.layers[name]
         root = math.sqrt(layer.scaling / wanted.scaling)
         for pair, A_pair, B_pair in layer.split(adapter.tensors):
-            A[pair], B[pair] = A_pair.to(dtype) * root, B_pair.to(dtype) * root
+            A[pair], B[pair] = A_pair.to(dtype), B_pair.to(dtype)
+            if root != 1:  # else as they lie in memory: there may be many adapters
+                A[pair], B[pair] = A[pair] * root, B[pair] * root
     return Factors(A, B)
 
 
