@@ -49,6 +49,11 @@ def total(errors: Mapping[str, float]) -> float:
     return math.sqrt(sum(e * e for e in errors.values()))
 
 
+def _padded(t: Tensor, amount: Sequence[int]) -> Tensor:
+    """With no copy where nothing is added."""
+    return pad(t, amount) if any(amount) else t
+
+
 def rotation_angles(
     uploads: Sequence[Factors], reference: Factors, align: str = "joint", proper: bool = True
 ) -> Tensor:
@@ -62,8 +67,8 @@ def rotation_angles(
     ranks = [A.shape[0] for A in ref_A] * len(uploads)
     with naming_layers(reference):
         rotations = torch.ops.fedrot.align(
-            [pad(A, (0, 0, 0, r - A.shape[0])) for A, r in zip(lora_A, ranks, strict=True)],
-            [pad(B, (0, r - B.shape[1])) for B, r in zip(lora_B, ranks, strict=True)],
+            [_padded(A, (0, 0, 0, r - A.shape[0])) for A, r in zip(lora_A, ranks, strict=True)],
+            [_padded(B, (0, r - B.shape[1])) for B, r in zip(lora_B, ranks, strict=True)],
             ref_A,
             ref_B,
             lam=1.0,

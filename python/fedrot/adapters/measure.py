@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedrot.adapters.uploads import Uploads, delta
+from fedrot.adapters.uploads import Uploads
 from fedrot.factors import Factors
 from fedrot.methods import FedIT, FedRot, Method, Robust
 from fedrot.methods.energy import singular_values
@@ -75,30 +75,32 @@ def measure(
             uploads.clients, uploads.reference, uploads.weights
         )
     plain = FedIT().aggregate(uploads.clients, uploads.reference, uploads.weights)
-    scaled = [delta(client, uploads.scalings) for client in uploads.clients]
     rotation = method if isinstance(method, FedRot | Robust) else FedRot()
     align = rotation.align if rotation.align in ALIGN_MODES else "joint"
     angles = rotation_angles(uploads.clients, uploads.reference, align, rotation.proper)
-    values = singular_values(scaled, uploads.weights, rounding=True)
+    values = singular_values(uploads.clients, uploads.weights, rounding=True)
     beyond = {pair: float(v[aligned.A[pair].shape[0] :].norm()) for pair, v in values.items()}
     return Misalignment(
         _layer_means(angles, uploads),
-        _errors(scaled, plain, uploads),
-        _errors(scaled, aligned, uploads),
+        _errors(plain, uploads),
+        _errors(aligned, uploads),
         _by_layer(beyond, uploads),
         _by_layer({pair: float(v.norm()) for pair, v in values.items()}, uploads),
         None if lam is None else _layer_means(lam.T, uploads),
     )
 
 
-def _errors(scaled: Sequence[Factors], aggregate: Factors, uploads: Uploads) -> dict[str, float]:
-    factors = delta(aggregate, uploads.scalings)
-    return _by_layer(aggregation_error(scaled, factors, uploads.weights), uploads)
+def _errors(aggregate: Factors, uploads: Uploads) -> dict[str, float]:
+    return _by_layer(aggregation_error(uploads.clients, aggregate, uploads.weights), uploads)
 
 
 def _by_layer(norms: Mapping[str, float], uploads: Uploads) -> dict[str, float]:
-    layers = uploads.target.keys.layers
-    return {name: total({p: norms[p] for p in layer.pairs}) for name, layer in layers.items()}
+    """Norms of products of the factors of pairs as those of the updates of layers."""
+    layers, scalings = uploads.target.keys.layers, uploads.scalings
+    return {
+        name: total({p: scalings[p] * norms[p] for p in layer.pairs})
+        for name, layer in layers.items()
+    }
 
 
 def _layer_means(of_pairs: Tensor, uploads: Uploads) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrot.adapters.uploads import Uploads, delta
+from fedrot.adapters.uploads import Uploads
 from fedrot.errors import FedrotError
 from fedrot.methods.energy import check_energy, rank_for, singular_values
 from fedrot.metrics import total
@@ -56,10 +56,12 @@ def measure_spectrum(uploads: Uploads, energy: float | None = None) -> Spectrum:
         check_energy(energy)
     except ValueError as error:
         raise FedrotError(str(error)) from None
-    scaled = [delta(client, uploads.scalings) for client in uploads.clients]
-    found = singular_values(scaled, uploads.weights)
+    found, scalings = singular_values(uploads.clients, uploads.weights), uploads.scalings
     layers = uploads.target.keys.layers
-    values = {name: _together([found[p] for p in n.pairs]) for name, n in layers.items()}
+    values = {
+        name: _together([scalings[p] * found[p] for p in layer.pairs])
+        for name, layer in layers.items()
+    }
     ranks = {name: rank_for(v, energy) for name, v in values.items()}
     # Pairs of keys of which the configuration cannot say which parameter they adapt share one rank.
     shared: dict[tuple[str, ...], int] = {}

@@ -127,15 +127,6 @@ def stored(uploads: Uploads, tensors: dict[str, Tensor]) -> Factors:
     return _factors(dataclasses.replace(target, tensors=tensors), target, A.dtype)
 
 
-def delta(factors: Factors, scalings: Mapping[str, float]) -> Factors:
-    """The same factors with the scaling folded in, so that `B A` is the update `dW` itself."""
-    root = {name: math.sqrt(s) for name, s in scalings.items()}
-    return Factors(
-        {name: A * root[name] for name, A in factors.A.items()},
-        {name: B * root[name] for name, B in factors.B.items()},
-    )
-
-
 def _ranks(
     reference: Adapter, rank: int | Mapping[str, int] | None, largest: int
 ) -> dict[str, int]:
