@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import Sequence
 from html import escape
 from typing import Protocol
@@ -47,6 +48,11 @@ class Picture(Protocol):
 
 
 Pictures = dict[str, tuple[Picture, str]]  # file name -> (picture, caption)
+
+
+def drawn_once(pictures: Pictures) -> Pictures:
+    """The same pictures, which keep what they have drawn: a light one is a file and on the page."""
+    return {name: (functools.cache(draw), caption) for name, (draw, caption) in pictures.items()}
 
 
 def page(title: str, lead: str, *parts: str) -> str:

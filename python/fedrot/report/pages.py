@@ -47,7 +47,7 @@ def write_run_report(
 ) -> None:
     """Pictures and ``report.html`` of one run."""
     method = config.method.name
-    pictures = _run_pictures(config, summary, rows)
+    pictures = html.drawn_once(_run_pictures(config, summary, rows))
     _save(path, pictures)
     facts = [
         ("method", method),
@@ -81,7 +81,7 @@ def write_run_report(
 
 def write_comparison_report(path: Path, comparison: Comparison, merge_command: str | None) -> None:
     """Pictures and ``report.html`` of a comparison."""
-    pictures = _comparison_pictures(comparison)
+    pictures = html.drawn_once(_comparison_pictures(comparison))
     _save(path, pictures)
     seeds = len(comparison.seeds)
     parts = [

@@ -317,5 +317,5 @@ def themed_figure(
 
 def png_bytes(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    FigureCanvasAgg(figure).print_png(buffer)  # savefig() lays out a figure twice
     return buffer.getvalue()

@@ -38,7 +38,7 @@ WORDS = (
 
 def write_results(results: Results, out: Path) -> list[Path]:
     """Write everything into ``out``; returns the files, the page last."""
-    pictures = _pictures(results)
+    pictures = html.drawn_once(_pictures(results))
     with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a value is a $
         for name, (picture, _) in pictures.items():
             write_bytes(out / name, picture(theme="light"))
