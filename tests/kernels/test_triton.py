@@ -40,9 +40,11 @@ def test_forced_for_cpu_tensors():
     script = (
         "import torch\n"
         "from problems import planted\n"
+        "from triton_checks import patch_once_a_launch\n"
         "from fedrot_kernels import Plan, backends\n"
         "from fedrot_kernels.backends import reference, triton\n"
         "assert backends.chosen['cpu'] == 'triton'\n"
+        "patch_once_a_launch()\n"
         "inputs = planted(2, [(9, 7, 2)])\n"
         "plan = Plan(*inputs)\n"
         "assert isinstance(plan._runner, triton.Runner)\n"
