@@ -86,7 +86,7 @@ def test_wrong_labels_spoil_the_mean_and_unaligned_rules(tmp_path):
     ``tests/methods/test_robust_methods.py``, but with uploads that training made."""
     options = (
         *("clients.count=11", "clients.partition=iid", "clients.attackers=4"),
-        *("clients.attack=labels", "regauge=true", "rounds=6", "local.steps=20"),
+        *("clients.attack=labels", "regauge=true", "rounds=4", "local.steps=20"),
     )
 
     def accuracy(method, *more):
