@@ -200,13 +200,13 @@ def test_resume_bit_for_bit(name, tmp_path, interrupt):
     """With every kind of state that a checkpoint holds."""
     kind, options = STATES[name]
     config = small(name, *options)
-    whole = federate(config, tmp_path / "whole")
+    whole = federate(config, tmp_path / "whole", report=False)
     interrupt(3)
     with pytest.raises(KeyboardInterrupt):
-        federate(config, tmp_path / "run")
+        federate(config, tmp_path / "run", report=False)
     run = RunDir(tmp_path / "run")
     assert getattr(checkpoint.load(run.checkpoint), kind)
-    again = federate(config, run.path, resume=True)
+    again = federate(config, run.path, resume=True, report=False)
     assert all(again[key] == value for key, value in whole.items() if key not in TIMES)
     for file in ("adapter/adapter_model.safetensors", "merged.safetensors"):
         if (tmp_path / "whole" / file).exists():
@@ -282,7 +282,7 @@ def test_one_shot_merges_by_every_method_that_can(tmp_path):
     for name in ("fedit", "fedex", "flora", "flexlora", "lora-fair", "hetlora"):
         source = None if name == "fedit" else tmp_path / "fedit"
         config = small(name, "clients.ranks=[4,2]", setting="one-shot")
-        federate(config, tmp_path / name, uploads_from=source)
+        federate(config, tmp_path / name, uploads_from=source, report=False)
         (row,) = RunDir(tmp_path / name).rows()
         errors[name] = row["aggregation_error"]
         assert row["aggregation_error_plain"] == pytest.approx(errors["fedit"], rel=1e-6)
