@@ -1,5 +1,11 @@
 """Shared by all tests."""
 
+import os
+
+# Read when torch is loaded, also by the processes that tests start: a thread that waits for another
+# sleeps. By default it spins, which on cores that are shared takes most of the time of all tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
