@@ -322,7 +322,9 @@ def patch_once_a_launch() -> None:
     from triton import language
     from triton.runtime import interpreter
 
-    core, patch = language.core, interpreter._patch_lang
+    core, patch = language.core, getattr(interpreter, "_patch_lang", None)
+    if patch is None:  # not a part of Triton's interface
+        return
 
     def patch_what_is_not(function):
         seen = [v for v in function.__globals__.values() if v is language or v is core]
