@@ -100,6 +100,15 @@ def test_values_against_the_hand_computation_in_bf16(tools):
     assert not memory & {t.data_ptr() for t in merged.tensors.values()}
 
 
+def test_what_was_measured_stays_when_a_model_changes(tools):
+    """It is measured when first asked for: by then the merge may be in the model."""
+    models = [tools.adapted(seed, target_modules=ALL) for seed in (1, 2)]
+    expected = fedrot.aggregate(models).misalignment.summary()
+    merged = fedrot.aggregate(models)
+    set_peft_model_state_dict(models[0], merged.tensors)
+    assert merged.misalignment.summary() == expected
+
+
 def test_several_adapters_of_one_model_become_a_new_one(tools):
     """Adapter `b` is `a` in another basis: the merge has to be `a`."""
     model = tools.adapted(1, target_modules=ALL)

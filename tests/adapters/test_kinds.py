@@ -170,7 +170,7 @@ def test_inspect_says_how_far_apart_they_are(tools, tmp_path, title):
         assert summary[f"distance_{kind}"] == pytest.approx(merged.distances[f"distance_{kind}"])
     code, stdout, _ = run("inspect", *folders, *options)
     last = stdout.splitlines()[-2].split()
-    assert code == 0 and f"b: {title}" in stdout
+    assert code == 0 and f"b:{title}" in "".join(stdout.split())  # wherever the line breaks
     assert last[:2] == ["all", f"{summary['distance_plain']:.4g}"]
     share = 100 * summary["distance_plain"] / summary["norm"]
     assert last[2] == f"({share:.2g}" if share < 100 else f"({share:.0f}"
@@ -181,7 +181,7 @@ def test_inspect_of_one_adapter_of_another_kind(tools, tmp_path):
     code, stdout, stderr = run("inspect", folder)
     rows = [line.split() for line in stdout.splitlines() if "hada" in line]
     assert (code, stderr) == (0, "") and "distance" not in stdout
-    assert ["base_model.model.lin1.hada_w1_a", "9x3", "float32"] in rows and len(rows) == 8
+    assert ["lin1.hada_w1_a", "9x3", "float32"] in rows and len(rows) == 8
     for args, named in (
         (("--rank", "auto"), "rank must be left out for LoHa, .* got auto"),
         (("--rank", "auto", "--energy", 0.9), "rank must be left out for LoHa"),
@@ -190,6 +190,23 @@ def test_inspect_of_one_adapter_of_another_kind(tools, tmp_path):
     ):
         code, _, stderr = run("inspect", folder, *args)
         assert code == 1 and re.search(named, stderr)
+
+
+@pytest.mark.parametrize("title", CONFIGS)
+def test_the_result_shares_no_memory(tools, title):
+    """Not of what is frozen either, as `A` and `B` of VeRA."""
+    models = [adapted(tools, CONFIGS[title](), seed) for seed in (1, 2)]
+    memory = {t.data_ptr() for model in models for t in model.state_dict().values()}
+    assert not memory & {t.data_ptr() for t in fedrot.aggregate(models).tensors.values()}
+
+
+def test_alpha_of_loha_is_above_zero(tools):
+    model = adapted(tools, CONFIGS["LoHa"](), 1)
+    state = fedrot.aggregate([model]).tensors
+    config = {"peft_type": "LOHA", "r": 3, "alpha": 8}
+    for wrong, value in (({"alpha": 0}, 0), ({"alpha_pattern": {"lin1": -2}}, -2)):
+        with pytest.raises(FedrotError, match=rf"adapters\[0\]: alpha must be above 0 .* {value}$"):
+            fedrot.aggregate([(state, {**config, **wrong})])
 
 
 def test_two_kinds_do_not_mix(tools):

@@ -1,5 +1,7 @@
 """An adapter, checked, wherever it comes from: a folder, a model, a state dict."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,24 @@ from fedrot.errors import FedrotError
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@dataclass(frozen=True)
+class Mapped:
+    """A file that is read when its tensors are used, and how it was when it was mapped."""
+
+    file: Path
+    stamp: tuple[int, ...]
+
+    @staticmethod
+    def of(file: Path) -> Mapped:
+        found = file.stat()
+        return Mapped(file, (found.st_ino, found.st_size, found.st_mtime_ns))
+
+    def check(self) -> None:
+        """Raise `FedrotError` where the file is no longer what it was."""
+        if not self.file.exists() or Mapped.of(self.file) != self:
+            raise FedrotError(f"{self.file}: changed while it was read")
+
+
 @dataclass(frozen=True, repr=False)
 class Adapter:
     """One adapter: where it comes from, its configuration, its tensors on the CPU."""
@@ -26,6 +46,7 @@ class Adapter:
     path: Path | None = None  # its folder, if it was read from one
     kind: Kind | None = None  # None: LoRA
     sha256: dict[str, str] | None = None  # of its files when they were read
+    mapped: tuple[Mapped, ...] = ()  # files that tensors are in, as they were then
 
     def __repr__(self) -> str:
         """Without the values, which are many."""

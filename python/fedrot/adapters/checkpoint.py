@@ -46,13 +46,16 @@ def read_checkpoint(path: Path) -> Adapter:
         )
     tensors: dict[str, Tensor] = {}
     digests = {CONFIG: digest}
+    mapped = []
     for name in _weight_files(path):
         file = path / name
         if not file.is_file():
             raise FedrotError(_missing(path, name))
-        found, digests[name] = map_safetensors(file)
+        found, digests[name], file_as_it_was = map_safetensors(file)
+        mapped.append(file_as_it_was)
         tensors.update(found)
-    return replace(checked(str(path), None, tensors, path=path), config=config, sha256=digests)
+    adapter = checked(str(path), None, tensors, path=path)
+    return replace(adapter, config=config, sha256=digests, mapped=tuple(mapped))
 
 
 def write_checkpoint(

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from fedrot.adapters.adapter import Adapter, checked
+from fedrot.adapters.adapter import Adapter, Mapped, checked
 from fedrot.adapters.config import Config
 from fedrot.adapters.kinds import kind_of
 from fedrot.errors import FedrotError
@@ -110,24 +110,17 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], str]:
         return load(data), hashlib.sha256(data).hexdigest()
 
 
-def map_safetensors(file: Path) -> tuple[dict[str, Tensor], str]:
-    """The same of a file that may not fit into memory: the tensors are mapped, and read when they
-    are used.
-
-    Raises:
-        FedrotError: also where the file changes meanwhile.
-    """
-    before = file.stat()
+def map_safetensors(file: Path) -> tuple[dict[str, Tensor], str, Mapped]:
+    """The same of a file that may not fit into memory: its tensors are read when they are used,
+    after which `Mapped.check` says whether the file is still what its SHA-256 is of."""
+    mapped = Mapped.of(file)
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while data := opened.read(1 << 24):
             digest.update(data)
     with _corrupt_is_named(file):
         tensors = load_file(file)
-    after = file.stat()
-    if any(getattr(before, f) != getattr(after, f) for f in ("st_ino", "st_size", "st_mtime_ns")):
-        raise FedrotError(f"{file}: changed while it was read")
-    return tensors, digest.hexdigest()
+    return tensors, digest.hexdigest(), mapped
 
 
 @contextmanager

@@ -286,6 +286,7 @@ def merge(uploads: Uploads, method: Method, track: Track = no_progress) -> Merge
         uploads, distances = kinds.align(uploads, method, track)
         factors = uploads.reference
         tensors = result(uploads, factors, method, track)
+        uploads.check_unchanged()
         return Merged(config, tensors, factors, uploads, method, distances=distances.summary())
     factors, lam = method.aggregate_with_lam(uploads.clients, uploads.like, uploads.weights)
     tensors = result(uploads, factors, method, track)

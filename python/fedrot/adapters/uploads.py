@@ -48,6 +48,12 @@ class Uploads:
         ranks = {p: n.rank for n in self.target.keys.layers.values() for p in n.pairs}
         return resized(self.reference, ranks)
 
+    def check_unchanged(self) -> None:
+        """Raise `FedrotError` naming a file that is mapped and has changed meanwhile."""
+        for adapter in (*self.adapters, self.target):
+            for mapped in adapter.mapped:
+                mapped.check()
+
     @property
     def scalings(self) -> dict[str, float]:
         """The scaling of each pair: factors times its square root give `dW = s B A`."""
@@ -118,7 +124,7 @@ def result(
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise FedrotError(f"the merged {key!r} does not fit into {tensor.dtype}")
-    return tensors
+    return {key: t.clone() if t is target.tensors[key] else t for key, t in tensors.items()}
 
 
 def stored(uploads: Uploads, tensors: dict[str, Tensor]) -> Factors:
@@ -276,7 +282,8 @@ def _factors(adapter: Adapter, target: Adapter, dtype: torch.dtype) -> Factors:
         root = math.sqrt(layer.scaling / wanted.scaling)
         for pair, A_pair, B_pair in layer.split(adapter.tensors):
             A[pair], B[pair] = A_pair.to(dtype), B_pair.to(dtype)
-            if root != 1:  # else as they lie in memory: there may be many adapters
+            # Else as they lie in memory, since there may be many; but a model may train on.
+            if root != 1 or adapter.path is None:
                 A[pair], B[pair] = A[pair] * root, B[pair] * root
     return Factors(A, B)
 

@@ -22,6 +22,7 @@ from fedrot.cli.aggregate import (
     read_rank,
 )
 from fedrot.errors import FedrotError
+from fedrot.progress import progress
 
 if TYPE_CHECKING:
     from fedrot.adapters import Adapter, Misalignment, Spectrum, Uploads
@@ -73,7 +74,8 @@ def inspect(
     method = FedRot(read_lam(lam), align.value)
     adapters.check_distinct(folders)
     parsed = adapters.parse_weights(weights, folders)
-    read = [adapters.read(path, str(path)) for path in folders]
+    with progress() as track:
+        read = [adapters.read(path, str(path)) for path in track(folders, "reading")]
     ref = adapters.read(reference, str(reference)) if reference else read[0]
     several = reference is not None or len(read) > 1
     if isinstance(wanted, int) and not several:
@@ -137,7 +139,7 @@ def _as_json(
     spectrum: Spectrum | None,
 ) -> dict[str, Any]:
     result: dict[str, Any] = {
-        "adapters": [{"path": a.source, "layers": _layer_rows(a)} for a in read]
+        "adapters": [{"path": a.source, "kind": _kind(a), "layers": _layer_rows(a)} for a in read]
     }
     if uploads is not None and measured is not None:
         names = list(uploads.target.keys.layers)
@@ -175,7 +177,9 @@ def _inspect_tensors(
 
     distances = None
     if uploads:
-        uploads, distances = kinds.align(uploads, method)
+        with progress() as track:
+            uploads, distances = kinds.align(uploads, method, track)
+        uploads.check_unchanged()
     if as_json:
         typer.echo(json.dumps(_tensors_as_json(read, uploads, distances), indent=2))
         return
@@ -186,7 +190,8 @@ def _inspect_tensors(
             f"{_sources(same)}: {kind.title if kind else ''}", "tensor", "shape", "dtype"
         )
         for row in rows:
-            table.add_row(row["tensor"], "x".join(map(str, row["shape"])), row["dtype"])
+            name = row["tensor"].removeprefix("base_model.model.")
+            table.add_row(name, "x".join(map(str, row["shape"])) or "scalar", row["dtype"])
         console.print(table)
     for note in uploads.notes if uploads else ():
         typer.echo(f"note: {note}", err=True)

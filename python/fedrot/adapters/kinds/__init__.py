@@ -83,7 +83,8 @@ def kind_of(config: Config, source: str) -> Kind | None:
 
 @dataclass(frozen=True)
 class Distances:
-    """How far from the reference adapters are, ``|T_i - T_ref|`` over the tensors of their kind."""
+    """How far from the reference adapters are, ``|T_i - T_ref|`` over the tensors of their kind,
+    integers left out."""
 
     plain: tuple[float, ...]  # of every adapter, as it is
     aligned: tuple[float, ...]
@@ -138,7 +139,7 @@ def align(
         notes += [f"{adapter.source}: {note}"] if note else []
         adapters.append(dataclasses.replace(adapter, tensors={**adapter.tensors, **moved}))
     changed = dataclasses.replace(uploads, adapters=adapters, notes=notes)
-    norm = _distance(reference)
+    norm = _distance(reference, reference, from_zero=True)
     weights = tuple(uploads.weights.tolist())
     return changed, Distances(tuple(plain), tuple(aligned), norm, weights)
 
@@ -148,7 +149,11 @@ def _working_dtype(adapters: list[Adapter], names: list[str]) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def _distance(ours: Tensors, theirs: Tensors | None = None) -> float:
-    """From the other tensors, or from zero."""
-    apart = (t.double() - theirs[key].double() if theirs else t.double() for key, t in ours.items())
-    return sum(float(t.square().sum()) for t in apart) ** 0.5
+def _distance(ours: Tensors, theirs: Tensors, *, from_zero: bool = False) -> float:
+    """``|ours - theirs|``, or ``|ours|``, over the tensors that are no integers."""
+    squares = 0.0
+    for key, other in theirs.items():
+        if other.is_floating_point():
+            apart = ours[key].double() - (0 if from_zero else other.double())
+            squares += float(apart.square().sum())
+    return squares**0.5

@@ -57,6 +57,12 @@ class LoHa(Kind):
                         f"and {names[1]!r} of shape {tuple(w_b.shape)}"
                     )
 
+    def check_config(self, config: Config, source: str) -> None:
+        super().check_config(config, source)
+        for alpha in (config.get("alpha", 1), *(config.get("alpha_pattern") or {}).values()):
+            if not alpha > 0:  # adapters are compared by the root of the ratio
+                raise FedrotError(f"{source}: alpha must be above 0 for {self.title}, got {alpha}")
+
     def scale(self, config: Config, reference: Config, key: str) -> float:
         # Four factors share the scaling, alpha / r; the ranks are the same.
         target = module_of(key.rpartition(".")[0])
