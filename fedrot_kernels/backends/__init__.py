@@ -52,10 +52,11 @@ def register() -> None:
         _register_blocks(triton=forced is None and _triton_is_new_enough())
     elif forced == "triton" or (torch.backends.cuda.is_built() and _triton_is_new_enough()):
         _register_triton("cuda")
-    elif torch.backends.cuda.is_built():
+    elif torch.backends.cuda.is_built() and torch.cuda.device_count():
         warnings.warn(
             "fedrot has no kernels for GPU tensors here: they run the float64 reference on the "
-            "CPU. pip install 'triton>=3.5', or install fedrot where nvcc is found",
+            "CPU. Install torch 2.9 or newer, which brings Triton 3.5, or fedrot where nvcc is "
+            "found",
             stacklevel=2,
         )
 
