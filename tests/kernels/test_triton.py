@@ -13,7 +13,7 @@ import torch
 from problems import planted
 from triton_checks import CHECKS
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.5")
 
 
 @pytest.fixture(scope="module")
