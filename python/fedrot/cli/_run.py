@@ -7,7 +7,6 @@ import inspect
 import shlex
 import shutil
 import sys
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,8 @@ def _told(error: Exception, command: Callable[..., Any], given: dict[str, Any]) 
         return f"{error.filename}: {error.strerror}"
     text = str(error)
     name, must, _ = text.partition(" must ")
-    hint = typing.get_type_hints(command, include_extras=True).get(name)
-    parts = getattr(hint, "__metadata__", ())
-    if not must or not any(isinstance(part, OptionInfo) for part in parts):
+    option = inspect.signature(command, eval_str=True).parameters.get(name)
+    parts = getattr(option and option.annotation, "__metadata__", ())
+    if not must or not option or not any(isinstance(part, OptionInfo) for part in parts):
         return text
-    default = inspect.signature(command).parameters[name].default
-    return f"--{text}" if given.get(name, default) != default else text
+    return f"--{text}" if given.get(name, option.default) != option.default else text
