@@ -32,6 +32,7 @@ LAYERS, HEADS, WIDTH, TOKENS = 2, 2, 4, 5  # layers, key heads, entries of a hea
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),  # PEFT
 ]
 
 
