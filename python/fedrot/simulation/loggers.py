@@ -82,7 +82,7 @@ class WeightsAndBiases(Logger):
             write_text(name, secrets.token_hex(4))
         mode: Any = os.environ.get("WANDB_MODE", "offline")
         self.run: Any = wandb.init(
-            dir=run.path,
+            dir=str(run.path),  # wandb 0.19 takes no Path
             id=name.read_text(encoding="utf-8"),
             resume="allow",
             name=run.path.as_posix(),
