@@ -78,7 +78,7 @@ def test_ranks_by_energy_in_one_shot(tmp_path):
 
 def test_hetlora_clients_prune_themselves(tmp_path):
     """For good, at most what `decay` cuts off in a round, and one that is left out waits."""
-    options = ["method.decay=0.6", "method.penalty=0.1", "clients.ranks=[2,8]", "lora.r=8"]
+    options = ["method.decay=0.6", "method.penalty=0.2", "clients.ranks=[2,8]", "lora.r=8"]
     config = small("hetlora", *options, "rounds=6", "clients.participation=3")
     federation = prepare(config)
     server, ranks = federation.start(), {0: 2, 1: 8, 2: 2, 3: 8}
@@ -92,7 +92,7 @@ def test_hetlora_clients_prune_themselves(tmp_path):
         ranks |= update.ranks
         assert row["rank"] == pytest.approx(sum(ranks[i] for i in taking_part) / 3)
         server = update
-    assert ranks[0] == 1 and ranks[1] < 8
+    assert min(ranks[0], ranks[2]) == 1 and min(ranks[1], ranks[3]) < 8
     assert {A.shape[0] for A in server.factors.A.values()} == {8}  # the server's own stays
 
 
