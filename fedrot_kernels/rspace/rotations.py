@@ -20,15 +20,21 @@ def procrustes(blocks: Blocks, align: str = "joint", *, proper: bool = True) -> 
 
 
 def gpa(
-    blocks: Blocks, *, proper: bool = True, iterations: int = 10, tolerance: float = 1e-3
+    blocks: Blocks,
+    *,
+    proper: bool = True,
+    iterations: int = 10,
+    tolerance: float = 1e-3,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Generalised Procrustes analysis: every client toward the weighted mean of the aligned ones.
 
     Maximises ``f = sum_ij w_i w_j <R_i, K_ij R_j>``, ``K_ij = B_i^T B_j + A_i A_j^T``, over
     ``i != j`` (the terms ``i = j`` are the same for all rotations), which is the mean agreement of
-    all pairs. Starts from the alignment to the reference, never decreases ``f``, and leaves a layer
-    when it grows by less than ``tolerance`` of itself. The mean is then turned to the reference as
-    a whole: that changes no product, and keeps the basis from round to round.
+    all pairs. Starts from ``start``, by default the alignment to the reference, never decreases
+    ``f``, and leaves a layer when it grows by less than ``tolerance`` of itself. The mean is then
+    turned to the reference as a whole: that changes no product, and keeps the basis from round to
+    round.
 
     A step aligns all clients at once to the mean of the *others*. Where that does not raise ``f``
     (two clients swap places), the layer steps to the mean of all instead, which cannot lower it,
@@ -36,14 +42,6 @@ def gpa(
 
     Source: Gower, Psychometrika 1975; ten Berge, Psychometrika 1977.
     """
-    start = procrustes(blocks, proper=proper)
-    return _gpa(blocks, start, proper, iterations, tolerance)
-
-
-def _gpa(
-    blocks: Blocks, start: Tensor, proper: bool, iterations: int = 10, tolerance: float = 1e-3
-) -> Tensor:
-    """:func:`gpa` from the alignment to the reference."""
     layers, clients, r = blocks.shape
     K = blocks.A + blocks.B
     diagonal = K.view(layers, clients, r, clients, r).diagonal(dim1=1, dim2=3)  # (L, r, r, N)
@@ -56,7 +54,7 @@ def _gpa(
         M = times(K, U)
         return M.view(R.shape), (U * M).sum((1, 2))
 
-    R = _with_first(blocks, start, K, own, proper)
+    R = _start(blocks, procrustes(blocks, proper=proper), proper) if start is None else start
     M, f = toward(R)
     active = torch.ones_like(f, dtype=torch.bool)
     for _ in range(iterations):
@@ -77,16 +75,17 @@ def _gpa(
     return to_reference(blocks, R, proper=proper)
 
 
-def _with_first(blocks: Blocks, start: Tensor, K: Tensor, own: Tensor, proper: bool) -> Tensor:
-    """``start``, but toward the client of most weight where the reference is zero."""
+def _start(blocks: Blocks, joint: Tensor, proper: bool) -> Tensor:
+    """``joint``, the alignment to the reference, but toward the client of most weight where that is
+    zero."""
     _, _, r = blocks.shape
     empty = (blocks.gram_A + blocks.gram_B).abs().amax((1, 2)) == 0
     if not bool(empty.any()):
-        return start
+        return joint
     first = int(blocks.weights.argmax())
-    to_first = K[:, :, first * r : (first + 1) * r].reshape(start.shape).clone()
-    to_first[:, first] = own[:, first]
-    return torch.where(_each(empty), torch.ops.fedrot.polar(to_first, proper=proper), start)
+    of_first = slice(first * r, (first + 1) * r)
+    to_first = (blocks.A[:, :, of_first] + blocks.B[:, :, of_first]).reshape(joint.shape)
+    return torch.where(_each(empty), torch.ops.fedrot.polar(to_first, proper=proper), joint)
 
 
 def _each(mask: Tensor) -> Tensor:
@@ -140,8 +139,8 @@ def _best_start(given: Blocks, blocks: Blocks, proper: bool) -> Point:
     """Of rotations by ``given``, those of least error by ``blocks``, which are of size one."""
     joint = procrustes(given, proper=proper)
     eye = torch.eye(joint.shape[-1], dtype=joint.dtype, device=joint.device)
-    starts = torch.stack([_gpa(given, joint, proper), joint, eye.expand_as(joint)], 1)
-    return Point.best(blocks, starts)
+    means = gpa(given, proper=proper, start=_start(given, joint, proper))
+    return Point.best(blocks, torch.stack([means, joint, eye.expand_as(joint)], 1))
 
 
 def _descend(

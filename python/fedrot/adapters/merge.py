@@ -287,7 +287,8 @@ def merge(uploads: Uploads, method: Method, track: Track = no_progress) -> Merge
         factors = uploads.reference
         tensors = result(uploads, factors, method, track)
         uploads.check_unchanged()
-        return Merged(config, tensors, factors, uploads, method, distances=distances.summary())
+        summary = distances.summary(uploads.weights)
+        return Merged(config, tensors, factors, uploads, method, distances=summary)
     factors, lam = method.aggregate_with_lam(uploads.clients, uploads.like, uploads.weights)
     tensors = result(uploads, factors, method, track)
     return Merged(config, tensors, factors, uploads, method, lam=lam)

@@ -25,6 +25,8 @@ from fedrot.errors import FedrotError
 from fedrot.progress import progress
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedrot.adapters import Adapter, Misalignment, Spectrum, Uploads
     from fedrot.adapters.kinds import Distances
     from fedrot.methods import FedRot
@@ -126,10 +128,14 @@ def _layer_rows(adapter: Adapter) -> list[dict[str, Any]]:
                 "rank": layer.rank,
                 "experts": layer.experts,
                 "scaling": layer.scaling,
-                "dtype": str(A.dtype).removeprefix("torch."),
+                "dtype": _dtype(A),
             }
         )
     return rows
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
 
 
 def _as_json(
@@ -175,20 +181,18 @@ def _inspect_tensors(
 
     from fedrot.adapters import kinds
 
-    distances = None
+    distances, norm = None, 0.0
     if uploads:
         with progress() as track:
             uploads, distances = kinds.align(uploads, method, track)
+        norm = kinds.length(uploads.target)
         uploads.check_unchanged()
     if as_json:
-        typer.echo(json.dumps(_tensors_as_json(read, uploads, distances), indent=2))
+        typer.echo(json.dumps(_tensors_as_json(read, uploads, distances, norm), indent=2))
         return
     console = Console()
     for rows, same in _layouts(read, _tensor_rows):
-        kind = same[0].kind
-        table = _table(
-            f"{_sources(same)}: {kind.title if kind else ''}", "tensor", "shape", "dtype"
-        )
+        table = _table(f"{_sources(same)}: {_kind(same[0])}", "tensor", "shape", "dtype")
         for row in rows:
             name = row["tensor"].removeprefix("base_model.model.")
             table.add_row(name, "x".join(map(str, row["shape"])) or "scalar", row["dtype"])
@@ -196,7 +200,7 @@ def _inspect_tensors(
     for note in uploads.notes if uploads else ():
         typer.echo(f"note: {note}", err=True)
     if uploads and distances:
-        console.print(_distance_table(uploads, distances))
+        console.print(_distance_table(uploads, distances, norm))
 
 
 def _kind(adapter: Adapter) -> str:
@@ -204,14 +208,14 @@ def _kind(adapter: Adapter) -> str:
 
 
 def _tensor_rows(adapter: Adapter) -> list[dict[str, Any]]:
+    averaged = {key: adapter.tensors[key] for key in adapter.keys.plain}
     return [
-        {"tensor": key, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
-        for key, t in ((key, adapter.tensors[key]) for key in adapter.keys.plain)
+        {"tensor": key, "shape": list(t.shape), "dtype": _dtype(t)} for key, t in averaged.items()
     ]
 
 
 def _tensors_as_json(
-    read: list[Adapter], uploads: Uploads | None, distances: Distances | None
+    read: list[Adapter], uploads: Uploads | None, distances: Distances | None, norm: float
 ) -> dict[str, Any]:
     result: dict[str, Any] = {
         "adapters": [{"path": a.source, "kind": _kind(a), "tensors": _tensor_rows(a)} for a in read]
@@ -219,7 +223,7 @@ def _tensors_as_json(
     if uploads and distances:
         result["reference"] = uploads.target.source
         result["notes"] = uploads.notes
-        result["summary"] = {"norm": distances.norm, **distances.summary()}
+        result["summary"] = {"norm": norm, **distances.summary(uploads.weights)}
         result["distances"] = {
             adapter.source: {"plain": plain, "aligned": aligned}
             for adapter, plain, aligned in zip(
@@ -229,19 +233,20 @@ def _tensors_as_json(
     return result
 
 
-def _distance_table(uploads: Uploads, distances: Distances) -> Any:
+def _distance_table(uploads: Uploads, distances: Distances, norm: float) -> Any:
     title = f"distance from {uploads.target.source} (relative to its length)"
     table = _table(title, "adapter", "weight", "plain", "aligned")
 
     def texts(*values: float) -> list[str]:
-        return [error_text(v, v / distances.norm if distances.norm else None) for v in values]
+        return [error_text(v, v / norm if norm else None) for v in values]
 
-    for adapter, *row in zip(
-        uploads.adapters, distances.weights, distances.plain, distances.aligned, strict=True
+    weights = uploads.weights.tolist()
+    for adapter, weight, *row in zip(
+        uploads.adapters, weights, distances.plain, distances.aligned, strict=True
     ):
-        table.add_row(adapter.source, f"{row[0]:.3f}", *texts(*row[1:]))
+        table.add_row(adapter.source, f"{weight:.3f}", *texts(*row))
     table.add_section()
-    table.add_row("all", "", *texts(*distances.summary().values()))
+    table.add_row("all", "", *texts(*distances.summary(uploads.weights).values()))
     return table
 
 

@@ -7,10 +7,12 @@ Where a method takes LoRA factors and finds rotations for all clients at once, a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from fedrot.adapters.config import Config, check_config
 from fedrot.adapters.kinds.base import Kind, Plain, Tensors
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from fedrot.adapters.adapter import Adapter
     from fedrot.adapters.uploads import Uploads
 
-__all__ = ["FULL", "KINDS", "REFUSED_TYPES", "Distances", "Kind", "align", "kind_of"]
+__all__ = ["FULL", "KINDS", "REFUSED_TYPES", "Distances", "Kind", "align", "kind_of", "length"]
 
 FULL = Full()
 
@@ -88,14 +90,12 @@ class Distances:
 
     plain: tuple[float, ...]  # of every adapter, as it is
     aligned: tuple[float, ...]
-    norm: float  # |T_ref|
-    weights: tuple[float, ...]
 
-    def summary(self) -> dict[str, float]:
+    def summary(self, weights: Tensor) -> dict[str, float]:
         """``sqrt(sum_i w_i |T_i - T_ref|²)``: ``distance_plain`` and ``distance_aligned``."""
 
         def mean(values: tuple[float, ...]) -> float:
-            return sum(w * v**2 for w, v in zip(self.weights, values, strict=True)) ** 0.5
+            return sum(w * v**2 for w, v in zip(weights.tolist(), values, strict=True)) ** 0.5
 
         return {"distance_plain": mean(self.plain), "distance_aligned": mean(self.aligned)}
 
@@ -115,7 +115,7 @@ def align(
     kind = target.kind
     assert kind is not None
     kind.check_method(method)
-    names = [key for key in target.keys.plain if kind.keys.fullmatch(key)]
+    names = _names(target, kind)
     dtype = _working_dtype([*uploads.adapters, target], names)
 
     def own(adapter: Adapter) -> Tensors:
@@ -139,9 +139,17 @@ def align(
         notes += [f"{adapter.source}: {note}"] if note else []
         adapters.append(dataclasses.replace(adapter, tensors={**adapter.tensors, **moved}))
     changed = dataclasses.replace(uploads, adapters=adapters, notes=notes)
-    norm = _distance(reference, reference, from_zero=True)
-    weights = tuple(uploads.weights.tolist())
-    return changed, Distances(tuple(plain), tuple(aligned), norm, weights)
+    return changed, Distances(tuple(plain), tuple(aligned))
+
+
+def length(adapter: Adapter) -> float:
+    """``|T|``, as :class:`Distances` measures."""
+    assert adapter.kind is not None
+    return _length(adapter.tensors[key] for key in _names(adapter, adapter.kind))
+
+
+def _names(adapter: Adapter, kind: Kind) -> list[str]:
+    return [key for key in adapter.keys.plain if kind.keys.fullmatch(key)]
 
 
 def _working_dtype(adapters: list[Adapter], names: list[str]) -> torch.dtype:
@@ -149,11 +157,12 @@ def _working_dtype(adapters: list[Adapter], names: list[str]) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def _distance(ours: Tensors, theirs: Tensors, *, from_zero: bool = False) -> float:
-    """``|ours - theirs|``, or ``|ours|``, over the tensors that are no integers."""
-    squares = 0.0
-    for key, other in theirs.items():
-        if other.is_floating_point():
-            apart = ours[key].double() - (0 if from_zero else other.double())
-            squares += float(apart.square().sum())
-    return squares**0.5
+def _distance(ours: Tensors, theirs: Tensors) -> float:
+    # Where the reference has integers, all count as such.
+    floats = [key for key, t in theirs.items() if t.is_floating_point()]
+    return _length(ours[key].double() - theirs[key].double() for key in floats)
+
+
+def _length(tensors: Iterable[Tensor]) -> float:
+    squares = (t.double().square().sum() for t in tensors if t.is_floating_point())
+    return sum(map(float, squares)) ** 0.5
