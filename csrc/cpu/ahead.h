@@ -43,17 +43,25 @@ __attribute__((noinline, cold)) inline Stream take_rest(Ahead& ahead, std::int64
   return stream;
 }
 
-// For a loop that calls advance() `iterations` times, once for so many scalar multiply-adds. A step
-// is a line of the cache at most, so that none is left out, and a loop stays within one segment: it
-// should be short beside that.
-inline Stream take(Ahead& ahead, int multiply_adds, std::int64_t iterations) {
-  const std::int64_t step =
-      std::min<std::int64_t>(64, std::int64_t(ahead.bytes_per_multiply_add * multiply_adds));
-  if (ahead.next == ahead.end || ahead.used + step * iterations > ahead.next->bytes)
-    return take_rest(ahead, step, iterations);
+// Bytes to ask for where so many scalar multiply-adds are done: a line of the cache at most, so
+// that none is left out.
+inline std::int64_t step_of(const Ahead& ahead, int multiply_adds) {
+  return std::min<std::int64_t>(64, std::int64_t(ahead.bytes_per_multiply_add * multiply_adds));
+}
+
+// For a loop that calls advance() `iterations` times. It stays within one segment and should be
+// short beside that.
+inline Stream take_steps(Ahead& ahead, std::int64_t step, std::int64_t iterations) {
+  if (ahead.next == ahead.end) return {reinterpret_cast<const char*>(&ahead), 0};
+  if (ahead.used + step * iterations > ahead.next->bytes) return take_rest(ahead, step, iterations);
   const Stream stream{ahead.next->data + ahead.used, step};
   ahead.used += step * iterations;
   return stream;
+}
+
+// The same, once for so many scalar multiply-adds.
+inline Stream take(Ahead& ahead, int multiply_adds, std::int64_t iterations) {
+  return take_steps(ahead, step_of(ahead, multiply_adds), iterations);
 }
 
 inline void advance(Stream& stream) {

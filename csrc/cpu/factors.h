@@ -3,6 +3,7 @@
 // accumulator's, and the reference A where the columns of M fill whole vectors, go through a panel.
 #pragma once
 
+#include "few_rows.h"
 #include "panel.h"
 #include "product.h"
 #include "small_rank.h"
@@ -30,7 +31,7 @@ inline int chunk_length(int r) {
 
 // Clients whose sums stay in registers together: as many as keep what is read again and again,
 // directions of all of them, in the first-level cache.
-constexpr int client_group = most_terms;
+constexpr int client_group = most_terms, directions_at_once = 64;
 inline int clients_at_once(int directions, int r) {
   return std::min(client_group, std::max(1, directions / r));
 }
@@ -50,7 +51,7 @@ inline bool by_few_rows(const Problem& problem, Side side, int r) {
 // to the rank from which on columns of A are packed and arithmetic takes longer than memory.
 template <class Acc>
 bool fetches_in_order(const Problem& problem, int r) {
-  return may_be_in_order && is<Acc>(problem.client_dtype) && r <= unpacked_tiles * wide_rows;
+  return may_be_in_order && is<Acc>(problem.client_dtype) && r <= unpacked_rows;
 }
 
 // The reference A has contiguous directions, not positions, unless M is summed by dots.
@@ -91,7 +92,9 @@ template <class Acc>
 std::size_t panel_scratch(int r) {
   const std::size_t chunk = chunk_elements(r);
   const std::size_t turned = std::size_t(client_group) * r * lanes<Acc>;
-  return (client_group + 1) * chunk + std::max(packed_columns * turned, std::size_t(r) * r);
+  const std::size_t packed =
+      std::size_t(clients_at_once(directions_at_once, r)) * r * packed_columns * lanes<Acc>;
+  return (client_group + 1) * chunk + std::max({turned, packed, std::size_t(r) * r});
 }
 
 // Elements that load_reference() needs for its panels.
@@ -218,7 +221,7 @@ bool apply_from(const Problem& problem, int layer, Side side, std::int64_t begin
   Acc *own_sums = scratch + client_group * chunk_elements(r),
       *turned = own_sums + chunk_elements(r);
   auto add = [&](std::int64_t at, int count, Acc* C, std::int64_t row) {
-    const int at_once = clients_at_once(few ? few_rows : 64, r);
+    const int at_once = clients_at_once(few ? few_rows : directions_at_once, r);
     for (int i = first; i < last; i += at_once) {
       const int group = std::min(at_once, last - i);
       const Into into = i == 0 ? Into::replaced : Into::continued;
@@ -240,6 +243,14 @@ bool apply_from(const Problem& problem, int layer, Side side, std::int64_t begin
         else if constexpr (std::is_same_v<T, Acc>)
           terms[c] = {X.data, X.position, 1, Wi, r, rank};
       }
+      if constexpr (std::is_same_v<T, Acc> && !many_registers)
+        if (few && std::all_of(terms, terms + group, [=](auto& t) { return t.inner == r; })) {
+          with_rank<Acc, few_rows>(r, [&](auto R) {
+            for (int c = 0; c < group; ++c)
+              few_rows_product<R>(i + c == 0, count, terms[c], C, row, ahead);
+          });
+          continue;
+        }
       if (side == Side::A)
         product<true>(r, count, group, terms, into, C, row, ahead, turned);
       else if (small)

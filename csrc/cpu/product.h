@@ -17,8 +17,7 @@ struct Term {
   int inner;
 };
 
-// Y is packed for more than unpacked_tiles tiles of rows, packed_columns vectors at a time.
-constexpr int most_terms = 8, packed_columns = 3, unpacked_tiles = 3;
+constexpr int most_terms = 8;
 
 // What happens to the C that is there: overwritten; the first summand of one long sum, whose bits
 // do not depend on where it was interrupted; or added to a sum of its own, which keeps the rounding
@@ -92,7 +91,8 @@ inline void product_tile(int terms, const Term<Acc, T>* term, std::int64_t row, 
   }
 }
 
-// All rows from `row` on, in as few tiles of at most P as there can be, of about one size.
+// All rows from `row` on of Q vectors of columns, in as few tiles of at most P as there can be, of
+// about one size.
 template <int P, int Q, bool whole, bool unit, class Acc, class T>
 inline void product_rows(int rows, int terms, const Term<Acc, T>* term, std::int64_t row,
                          std::int64_t col, int tail, Into into, Acc* C, std::int64_t c_row,
@@ -111,28 +111,6 @@ inline void product_rows(int rows, int terms, const Term<Acc, T>* term, std::int
       product_rows<P - 1, Q, whole, unit>(rows, terms, term, row, col, tail, into, C, c_row, ahead);
 }
 
-// The next Q vectors of columns for all rows. Where many tiles of rows read Y, its columns are
-// copied together first, into `packed`: rows of Y are often a power of two apart, and so in the
-// same few sets of the cache.
-template <int P, int Q, bool whole, bool unit, class Acc, class T>
-inline void product_columns(int rows, int terms, const Term<Acc, T>* term, std::int64_t col,
-                            int tail, Into into, Acc* C, std::int64_t c_row, Acc* packed,
-                            Ahead& ahead) {
-  if (!packed || rows <= unpacked_tiles * P)
-    return product_rows<P, Q, whole, unit>(rows, terms, term, 0, col, tail, into, C, c_row, ahead);
-  Term<Acc> copies[most_terms];
-  for (int s = 0; s < terms; ++s) {
-    const Term<Acc, T>& t = term[s];
-    copies[s] = {t.X, t.x_row, t.x_inner, packed - col, Q * lanes<Acc>, t.inner};
-    const T* Y = t.Y + col;
-    for (int l = 0; l < t.inner; ++l, Y += t.y_row)
-      for (int q = 0; q < Q; ++q, packed += lanes<Acc>)
-        store(packed, whole || q + 1 < Q ? load_as<Acc>(Y + q * lanes<Acc>)
-                                         : load_partial_as<Acc>(Y + q * lanes<Acc>, tail));
-  }
-  product_rows<P, Q, whole, unit>(rows, terms, copies, 0, col, tail, into, C, c_row, ahead);
-}
-
 // Rows of a tile that is three, two, or one vectors wide: enough independent sums to hide the
 // latency of a multiply-add, few enough for the registers. AVX-512 has 32 and needs no third
 // vector. Rows of X that are not side by side are often a power of two apart, and more than eight
@@ -141,30 +119,56 @@ constexpr bool many_registers = vector_bytes == 64;
 constexpr int widest_rows = 4, wide_rows = many_registers ? 8 : 6;
 constexpr int narrow_rows(bool unit) { return many_registers && unit ? 16 : 8; }
 
+template <bool unit, class Acc, class T>
+inline void product_tiles(int rows, int cols, int terms, const Term<Acc, T>* term, Into into,
+                          Acc* C, std::int64_t c_row, Ahead& ahead) {
+  constexpr int width = lanes<Acc>;
+  int col = 0;
+  if constexpr (!many_registers)
+    for (; col + 3 * width <= cols && cols - col != 4 * width; col += 3 * width)
+      product_rows<widest_rows, 3, true, unit>(rows, terms, term, 0, col, 0, into, C, c_row, ahead);
+  for (; col + 2 * width <= cols; col += 2 * width)
+    product_rows<wide_rows, 2, true, unit>(rows, terms, term, 0, col, 0, into, C, c_row, ahead);
+  const int rest = cols - col, tail = rest % width;
+  constexpr int narrow = narrow_rows(unit);
+  if (rest > width)
+    product_rows<wide_rows, 2, false, unit>(rows, terms, term, 0, col, tail, into, C, c_row, ahead);
+  else if (rest == width)
+    product_rows<narrow, 1, true, unit>(rows, terms, term, 0, col, 0, into, C, c_row, ahead);
+  else if (rest > 0)
+    product_rows<narrow, 1, false, unit>(rows, terms, term, 0, col, tail, into, C, c_row, ahead);
+}
+
+// Where more than three tiles of rows read Y, so many vectors of its columns are copied together
+// first: rows of Y are often a power of two apart, and so in the same few sets of the cache. With
+// AVX2 longer pieces were found to be read faster; with AVX-512 they have not been tried.
+constexpr int unpacked_rows = many_registers ? 24 : 12, packed_columns = many_registers ? 2 : 12;
+
 // C (rows, cols; rows c_row apart) <- sum over terms of X Y. Nothing beyond the columns given is
 // read or written. packed: room for packed_columns vectors a row of all Y, or null.
 template <bool unit, class Acc, class T>
 inline void product(int rows, int cols, int terms, const Term<Acc, T>* term, Into into, Acc* C,
                     std::int64_t c_row, Ahead& ahead, Acc* packed = nullptr) {
-  constexpr int width = lanes<Acc>;
-  int col = 0;
-  if constexpr (!many_registers)
-    for (; col + 3 * width <= cols && cols - col != 4 * width; col += 3 * width)
-      product_columns<widest_rows, 3, true, unit>(rows, terms, term, col, 0, into, C, c_row, packed,
-                                                  ahead);
-  for (; col + 2 * width <= cols; col += 2 * width)
-    product_columns<wide_rows, 2, true, unit>(rows, terms, term, col, 0, into, C, c_row, packed,
-                                              ahead);
-  const int rest = cols - col, tail = rest % width;
-  if (rest > width)
-    product_columns<wide_rows, 2, false, unit>(rows, terms, term, col, tail, into, C, c_row, packed,
-                                               ahead);
-  else if (rest == width)
-    product_columns<narrow_rows(unit), 1, true, unit>(rows, terms, term, col, 0, into, C, c_row,
-                                                      packed, ahead);
-  else if (rest > 0)
-    product_columns<narrow_rows(unit), 1, false, unit>(rows, terms, term, col, tail, into, C, c_row,
-                                                       packed, ahead);
+  if (!packed || rows <= unpacked_rows)
+    return product_tiles<unit>(rows, cols, terms, term, into, C, c_row, ahead);
+  constexpr int width = packed_columns * lanes<Acc>;
+  for (int col = 0; col < cols; col += width) {
+    const int count = std::min(width, cols - col);
+    Term<Acc> copies[most_terms];
+    Acc* to = packed;
+    for (int s = 0; s < terms; ++s) {
+      const Term<Acc, T>& t = term[s];
+      copies[s] = {t.X, t.x_row, t.x_inner, to, width, t.inner};
+      const T* Y = t.Y + col;
+      for (int l = 0; l < t.inner; ++l, Y += t.y_row, to += width)
+        if (count == width)
+          unrolled<packed_columns>(
+              [&](int q) { store(to + q * lanes<Acc>, load_as<Acc>(Y + q * lanes<Acc>)); });
+        else
+          widen_row(Y, count, to);
+    }
+    product_tiles<unit>(rows, count, terms, copies, into, C + col, c_row, ahead);
+  }
 }
 
 }  // namespace FEDROT_ISA
