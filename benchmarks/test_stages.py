@@ -18,7 +18,7 @@ def forms(request):
     return case.name, stage_forms(case, inputs)
 
 
-@pytest.mark.parametrize("stage", ("whole", "align", "align_hard", "apply", "polar", "svd"))
+@pytest.mark.parametrize("stage", ("whole", "align", "apply", "polar", "soft", "svd"))
 def test_stage(benchmark, time_in_turns, forms, stage):
     benchmark.group, found = forms
     time_in_turns(*found[stage])

@@ -1,4 +1,4 @@
-"""FlexLoRA's exact truncation of one layer in plain PyTorch: dense SVD against the QR form."""
+"""FlexLoRA's exact truncation of one layer: dense SVD and QR form in PyTorch, Gram blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from fedrot.bench.suites import TRUNCATIONS, truncation_forms
 
 
-@pytest.mark.parametrize("form", ("dense", "qr"))
+@pytest.mark.parametrize("form", ("dense", "qr", "gram"))
 @pytest.mark.parametrize("case", TRUNCATIONS, ids=lambda case: case.name)
 def test_truncation(benchmark, time_in_turns, case, form):
     benchmark.group = f"truncation: {case.name}"

@@ -53,7 +53,7 @@ def test_full(tmp_path):
     assert [r["threads"] for r in result["threads"]] == [1, 2, 1, 2]
     assert [r["rank"] for r in result["polar"]] == [2, 3]
     assert {"whole", "covariance", "polar", "soft", "apply"} < set(result["stages"][0])
-    assert {"dense", "qr"} < set(result["truncation"][0])
+    assert {"dense", "qr", "gram"} < set(result["truncation"][0])
     for picture in ("roofline", "scaling"):
         png = path.with_name(f"{path.stem}-{picture}.png").read_bytes()
         assert png.startswith(b"\x89PNG") and len(png) > 5000

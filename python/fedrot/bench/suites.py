@@ -16,6 +16,7 @@ from fedrot.bench.cases import Case, Factors, copies, factors
 from fedrot.bench.floor import Limits, floor
 from fedrot.bench.timing import Form, Timing, measure
 from fedrot.progress import Track
+from fedrot_kernels import rspace
 from fedrot_kernels.backends import reference
 
 Row = dict[str, Any]
@@ -152,10 +153,10 @@ def stages(bench: Bench, chosen: Sequence[Case], track: Track) -> list[Row]:
     nothing is read that the computation does not need).
 
     Only whole operators can be called, so stages are differences of their medians:
-    ``polar`` is the operator of that name on the case's own ``M``; ``covariance`` is
-    ``align(lam=1)`` less ``polar``; ``soft`` is ``align(lam)`` less ``align(lam=1)``; ``apply``
-    is ``align_aggregate(lam=0)``. They need not sum to the whole, which reads the factors the
-    second time from cache. ``svd`` is ``torch.linalg.svd`` on the same ``M``.
+    ``polar`` is the operator of that name on the case's own ``M``, and ``soft`` on the
+    ``(1 - lam) I + lam R`` that follow; ``covariance`` is ``align(lam=1)`` less ``polar``;
+    ``apply`` is ``align_aggregate(lam=0)``. They need not sum to the whole, which reads the
+    factors the second time from cache. ``svd`` is ``torch.linalg.svd`` on ``M``.
     """
     rows = []
     for case in track([replace(case, align="joint") for case in chosen], "stages"):
@@ -174,9 +175,9 @@ def stages(bench: Bench, chosen: Sequence[Case], track: Track) -> list[Row]:
                 "dtype": case.dtype_name,
                 "align": case.align,
                 "whole": seconds["whole"],
-                "covariance": seconds["align_hard"] - seconds["polar"],
+                "covariance": seconds["align"] - seconds["polar"],
                 "polar": seconds["polar"],
-                "soft": seconds["align"] - seconds["align_hard"],
+                "soft": seconds["soft"],
                 "apply": seconds["apply"],
                 "svd": seconds["svd"],
             }
@@ -188,15 +189,17 @@ def stage_forms(
     case: Case, inputs: Sequence[Factors]
 ) -> dict[str, tuple[Callable[..., Any], Sequence[Any]]]:
     """The operators of :func:`stages` by name, each with its inputs."""
-    M = [(cross_covariance(case, inputs[0]),)]
-    align, aggregate = fedrot_kernels.align, fedrot_kernels.align_aggregate
+    M = cross_covariance(case, inputs[0])
+    lam, aggregate = case.options["lam"], fedrot_kernels.align_aggregate
+    polar = functools.partial(fedrot_kernels.polar, proper=True)
+    blend = lam * polar(M) + (1 - lam) * torch.eye(case.rank, dtype=M.dtype, device=M.device)
     return {
         "whole": (functools.partial(aggregate, **case.options), inputs),
-        "align": (functools.partial(align, **case.options), inputs),
-        "align_hard": (functools.partial(align, lam=1.0, align=case.align), inputs),
+        "align": (functools.partial(fedrot_kernels.align, lam=1.0, align=case.align), inputs),
         "apply": (functools.partial(aggregate, lam=0.0), inputs),
-        "polar": (functools.partial(fedrot_kernels.polar, proper=True), M),
-        "svd": (torch.linalg.svd, M),
+        "polar": (polar, [(M,)]),
+        "soft": (polar, [(blend,)]),
+        "svd": (torch.linalg.svd, [(M,)]),
     }
 
 
@@ -278,7 +281,7 @@ def polar(bench: Bench, track: Track) -> list[Row]:
 
 
 def truncation(bench: Bench, track: Track) -> list[Row]:
-    """FlexLoRA's exact truncation of one layer in PyTorch: dense SVD against the QR form."""
+    """FlexLoRA's exact truncation of one layer: dense SVD and QR form in PyTorch, Gram blocks."""
     rows = []
     for case in track(TRUNCATIONS, "truncation"):
         inputs, verify, known = truncation_forms(case, bench.device)
@@ -304,4 +307,15 @@ def truncation_forms(
         A, B = result
         check_close(f"the truncation in {case.name}", (B @ A).cpu(), expected, case.dtype)
 
-    return inputs, verify, {"dense": baselines.truncate_dense, "qr": baselines.truncate_qr}
+    return (
+        inputs,
+        verify,
+        {"dense": baselines.truncate_dense, "qr": baselines.truncate_qr, "gram": truncate_gram},
+    )
+
+
+def truncate_gram(A: Tensor, B: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by the operators ``gram`` and ``combine``, in the gauge of the first client."""
+    clients = list(A), list(B)
+    (best_A,), (best_B,) = rspace.combined(*clients, [A[0]], [B[0]], weights, rspace.truncation)
+    return best_A, best_B

@@ -79,7 +79,7 @@ def show(result: Row) -> None:
     if "polar" in result:
         _print(console, "polar of 32 matrices (ms)", *polar_table(result["polar"]))
     if "truncation" in result:
-        title = "exact truncation of one layer, plain PyTorch (ms)"
+        title = "exact truncation of one layer (ms)"
         _print(console, title, *truncation_table(result["truncation"]))
     console.print(f"\n{result['seconds']:.0f} seconds in all")
 
@@ -187,12 +187,13 @@ def truncation_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         [
             f"{r['d']}x{r['k']}",
             *(str(n) for n in (r["rank"], r["clients"], r["rank"] * r["clients"])),
-            *(_ms(r[form]) for form in ("dense", "qr")),
-            times(r["dense"] / r["qr"]),
+            *(_ms(r[form]) for form in ("dense", "qr", "gram")),
+            *(times(r[form] / r["gram"]) for form in ("dense", "qr")),
         ]
         for r in rows
     ]
-    return ["d x k", "rank", "clients", "N r", "dense SVD", "QR form", "dense / QR"], lines
+    forms = ("dense SVD", "QR form", "Gram blocks", "dense / Gram", "QR / Gram")
+    return ["d x k", "rank", "clients", "N r", *forms], lines
 
 
 def _print(console: Any, title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
