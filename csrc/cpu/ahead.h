@@ -52,6 +52,7 @@ inline std::int64_t step_of(const Ahead& ahead, int multiply_adds) {
 // For a loop that calls advance() `iterations` times. It stays within one segment and should be
 // short beside that.
 inline Stream take_steps(Ahead& ahead, std::int64_t step, std::int64_t iterations) {
+  // As take_rest() says, without a call, for which sums would leave the registers.
   if (ahead.next == ahead.end) return {reinterpret_cast<const char*>(&ahead), 0};
   if (ahead.used + step * iterations > ahead.next->bytes) return take_rest(ahead, step, iterations);
   const Stream stream{ahead.next->data + ahead.used, step};

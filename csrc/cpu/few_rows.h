@@ -1,6 +1,6 @@
-// Average of A of small ranks: one client after the other, four of its rows at a time to the end of
-// a chunk. The rank is known to the compiler and the loop over columns is within, since a tile has
-// few multiply-adds to pay for a call and for counting.
+// Average of A of small ranks: one client after the other, up to four rows of the result at a time
+// to the end of a chunk. The rank is known to the compiler and the loop over columns is within,
+// since a tile has few multiply-adds to pay for a call and for counting.
 #pragma once
 
 #include "product.h"
@@ -16,7 +16,7 @@ inline void few_rows_tile(bool fresh, int row, int col, int tail, const Term<Acc
   auto load_row = [=](const Acc* p, int q) {
     return whole || q + 1 < Q ? load(p + q * lanes<Acc>) : load_partial(p + q * lanes<Acc>, tail);
   };
-  const Acc *W = term.X + row, *X = term.Y + col;
+  const Acc *X = term.X + row, *Y = term.Y + col;
   C += row * c_row + col;
   Vector<Acc> sums[P][Q] = {};
   if (!fresh) {
@@ -28,14 +28,14 @@ inline void few_rows_tile(bool fresh, int row, int col, int tail, const Term<Acc
   }
   Stream stream = take_steps(ahead, step, R);
   FEDROT_UNROLL
-  for (int l = 0; l < R; ++l, X += term.y_row) {
-    Vector<Acc> x[Q];
+  for (int l = 0; l < R; ++l, Y += term.y_row) {
+    Vector<Acc> y[Q];
     FEDROT_UNROLL
-    for (int q = 0; q < Q; ++q) x[q] = load_row(X, q);
+    for (int q = 0; q < Q; ++q) y[q] = load_row(Y, q);
     FEDROT_UNROLL
     for (int p = 0; p < P; ++p) {
       FEDROT_UNROLL
-      for (int q = 0; q < Q; ++q) sums[p][q] += W[l * R + p] * x[q];
+      for (int q = 0; q < Q; ++q) sums[p][q] += X[l * R + p] * y[q];
     }
     advance(stream);
   }

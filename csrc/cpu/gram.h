@@ -11,6 +11,10 @@ inline namespace FEDROT_ISA {
 // Rows and columns of a tile, whose sums stay in registers and fill whole vectors when added up.
 constexpr int gram_rows = vector_bytes == 64 ? 4 : 2, gram_cols = 4;
 
+// Rows that meet the same columns before the next ones come from the second-level cache. With
+// AVX-512 more than a tile's have not been tried.
+constexpr int gram_block = vector_bytes == 64 ? gram_rows : 8;
+
 // Side of G: whole tiles, and whole vectors.
 template <class Acc>
 int gram_side(int directions) {
@@ -151,7 +155,7 @@ void rows_of_B(const Factor<Acc>& B, int clients, int r, std::int64_t begin, int
 
 // G (side, side), side = gram_side((clients + 1) r) <- the products of all directions of one factor
 // of a layer, on and below the diagonal; blocks of r, zero beyond a rank. Only the first-th and
-// every step-th row of tiles after it: what several threads make together.
+// every step-th block of rows after it: what several threads make together.
 template <class Acc>
 void gram(const Problem& problem, int layer, Side side, int r, int first, int step, Acc* G,
           Acc* scratch) {
@@ -169,9 +173,12 @@ void gram(const Problem& problem, int layer, Side side, int r, int first, int st
     const int count = int(std::min<std::int64_t>(length, all - begin));
     (side == Side::A ? rows_of_A<Acc> : rows_of_B<Acc>)(factor, problem.clients, r, begin, count,
                                                         zeros, rows, memory);
-    for (int i = gram_rows * first; i < directions; i += gram_rows * step)
-      for (int j = 0; j < i + gram_rows; j += gram_cols)
-        gram_tile(rows + i, rows + j, count, G + i * std::int64_t(n) + j, n);
+    for (int top = gram_block * first; top < directions; top += gram_block * step) {
+      const int bottom = std::min(top + gram_block, directions);
+      for (int j = 0; j < bottom; j += gram_cols)
+        for (int i = std::max(top, j); i < bottom; i += gram_rows)
+          gram_tile(rows + i, rows + j, count, G + i * std::int64_t(n) + j, n);
+    }
   }
 }
 

@@ -139,9 +139,9 @@ inline void product_tiles(int rows, int cols, int terms, const Term<Acc, T>* ter
     product_rows<narrow, 1, false, unit>(rows, terms, term, 0, col, tail, into, C, c_row, ahead);
 }
 
-// Where more than three tiles of rows read Y, so many vectors of its columns are copied together
-// first: rows of Y are often a power of two apart, and so in the same few sets of the cache. With
-// AVX2 longer pieces were found to be read faster; with AVX-512 they have not been tried.
+// Where more rows read Y, so many vectors of its columns are copied together first: rows of Y are
+// often a power of two apart, and so in the same few sets of the cache. With AVX2 longer pieces
+// were found to be read faster; with AVX-512 they have not been tried.
 constexpr int unpacked_rows = many_registers ? 24 : 12, packed_columns = many_registers ? 2 : 12;
 
 // C (rows, cols; rows c_row apart) <- sum over terms of X Y. Nothing beyond the columns given is

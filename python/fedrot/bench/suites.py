@@ -152,11 +152,11 @@ def stages(bench: Bench, chosen: Sequence[Case], track: Track) -> list[Row]:
     """Covariance, polar factor, soft rotation and apply of each case, joint alignment (where
     nothing is read that the computation does not need).
 
-    Only whole operators can be called, so stages are differences of their medians:
-    ``polar`` is the operator of that name on the case's own ``M``, and ``soft`` on the
-    ``(1 - lam) I + lam R`` that follow; ``covariance`` is ``align(lam=1)`` less ``polar``;
-    ``apply`` is ``align_aggregate(lam=0)``. They need not sum to the whole, which reads the
-    factors the second time from cache. ``svd`` is ``torch.linalg.svd`` on ``M``.
+    Only whole operators can be called: ``polar`` is the operator of that name on the case's own
+    ``M``, and ``soft`` on the ``(1 - lam) I + lam R`` that follow; ``covariance`` is
+    ``align(lam=1)`` less ``polar``; ``apply`` is ``align_aggregate(lam=0)``. They need not sum to
+    the whole, which reads the factors the second time from cache. ``svd`` is ``torch.linalg.svd``
+    on ``M``.
     """
     rows = []
     for case in track([replace(case, align="joint") for case in chosen], "stages"):
