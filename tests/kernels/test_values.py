@@ -307,6 +307,7 @@ def test_every_instruction_set(level):
         "for dtype in t.DTYPES:\n"
         "    t.compare(t.planted(3, t.ragged(5), dtype, ranks=[5, 2, 4]))\n"
         "    t.compare(t.planted(3, t.ragged(20), dtype, ranks=[20, 17, 3]))\n"
+        "    t.compare(t.planted(9, [(40, 1100, r) for r in (3, 4, 8, 13)], dtype))\n"
         "x = torch.cat([torch.randn(4096) * 10.0**e for e in range(-9, 5)])\n"
         "for dtype in (torch.float16, torch.bfloat16):\n"
         "    zero = torch.zeros(1, 1)\n"
