@@ -57,22 +57,12 @@ inline void few_rows_tile(bool fresh, int row, int col, int tail, const Term<Acc
 template <int R, int row = 0, class Acc>
 inline void few_rows_product(bool fresh, int count, const Term<Acc>& term, Acc* C,
                              std::int64_t c_row, Ahead& ahead) {
-  constexpr int left = R - row, tiles = (left + widest_rows - 1) / widest_rows;
-  constexpr int P = (left + tiles - 1) / tiles, width = lanes<Acc>;
-  const std::int64_t step = step_of(ahead, P * 3 * width);
-  auto tile = [&](auto Q, auto whole, int col, int tail) {
+  constexpr int left = R - row, most = most_rows(3, true), tiles = (left + most - 1) / most;
+  constexpr int P = (left + tiles - 1) / tiles;
+  const std::int64_t step = step_of(ahead, P * 3 * lanes<Acc>);
+  each_columns<Acc>(count, [&](auto Q, auto whole, int col, int tail) {
     few_rows_tile<R, P, Q(), whole()>(fresh, row, col, tail, term, C, c_row, step, ahead);
-  };
-  int col = 0;
-  for (; col + 3 * width <= count && count - col != 4 * width; col += 3 * width)
-    tile(std::integral_constant<int, 3>{}, std::true_type{}, col, 0);
-  for (; col + 2 * width <= count; col += 2 * width)
-    tile(std::integral_constant<int, 2>{}, std::true_type{}, col, 0);
-  const int rest = count - col;
-  if (rest > width)
-    tile(std::integral_constant<int, 2>{}, std::false_type{}, col, rest - width);
-  else if (rest > 0)
-    tile(std::integral_constant<int, 1>{}, std::false_type{}, col, rest);
+  });
   if constexpr (row + P < R) few_rows_product<R, row + P>(fresh, count, term, C, c_row, ahead);
 }
 

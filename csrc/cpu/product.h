@@ -116,27 +116,39 @@ inline void product_rows(int rows, int terms, const Term<Acc, T>* term, std::int
 // vector. Rows of X that are not side by side are often a power of two apart, and more than eight
 // would drive each other out of the first-level cache.
 constexpr bool many_registers = vector_bytes == 64;
-constexpr int widest_rows = 4, wide_rows = many_registers ? 8 : 6;
-constexpr int narrow_rows(bool unit) { return many_registers && unit ? 16 : 8; }
+constexpr int most_rows(int vectors, bool unit) {
+  if (vectors == 3) return 4;
+  if (vectors == 2) return many_registers ? 8 : 6;
+  return many_registers && unit ? 16 : 8;
+}
 
-template <bool unit, class Acc, class T>
-inline void product_tiles(int rows, int cols, int terms, const Term<Acc, T>* term, Into into,
-                          Acc* C, std::int64_t c_row, Ahead& ahead) {
+// f(vectors, whether all are whole, first column, lanes of the last one if not) for every tile's
+// columns; the first two are known to the compiler.
+template <class Acc, class F>
+__attribute__((always_inline)) inline void each_columns(int cols, F f) {
   constexpr int width = lanes<Acc>;
   int col = 0;
   if constexpr (!many_registers)
     for (; col + 3 * width <= cols && cols - col != 4 * width; col += 3 * width)
-      product_rows<widest_rows, 3, true, unit>(rows, terms, term, 0, col, 0, into, C, c_row, ahead);
+      f(std::integral_constant<int, 3>{}, std::true_type{}, col, 0);
   for (; col + 2 * width <= cols; col += 2 * width)
-    product_rows<wide_rows, 2, true, unit>(rows, terms, term, 0, col, 0, into, C, c_row, ahead);
+    f(std::integral_constant<int, 2>{}, std::true_type{}, col, 0);
   const int rest = cols - col, tail = rest % width;
-  constexpr int narrow = narrow_rows(unit);
   if (rest > width)
-    product_rows<wide_rows, 2, false, unit>(rows, terms, term, 0, col, tail, into, C, c_row, ahead);
+    f(std::integral_constant<int, 2>{}, std::false_type{}, col, tail);
   else if (rest == width)
-    product_rows<narrow, 1, true, unit>(rows, terms, term, 0, col, 0, into, C, c_row, ahead);
+    f(std::integral_constant<int, 1>{}, std::true_type{}, col, 0);
   else if (rest > 0)
-    product_rows<narrow, 1, false, unit>(rows, terms, term, 0, col, tail, into, C, c_row, ahead);
+    f(std::integral_constant<int, 1>{}, std::false_type{}, col, tail);
+}
+
+template <bool unit, class Acc, class T>
+inline void product_tiles(int rows, int cols, int terms, const Term<Acc, T>* term, Into into,
+                          Acc* C, std::int64_t c_row, Ahead& ahead) {
+  each_columns<Acc>(cols, [&](auto Q, auto whole, int col, int tail) {
+    product_rows<most_rows(Q(), unit), Q(), whole(), unit>(rows, terms, term, 0, col, tail, into, C,
+                                                           c_row, ahead);
+  });
 }
 
 // Where more rows read Y, so many vectors of its columns are copied together first: rows of Y are
